@@ -1,0 +1,40 @@
+"""All configuration: classes, presets, loading. Imports no torch."""
+
+from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
+from dist_transformer.config.model import ModelConfig, StackConfig
+from dist_transformer.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "StackConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "preset_names",
+    "shipped_files",
+]

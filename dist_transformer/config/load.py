@@ -1,0 +1,150 @@
+"""Defaults, then a preset, then YAML, then `section.key=value`: one frozen `Config`, or all problems at once."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dist_transformer.config.schema import Config
+from dist_transformer.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_files(folder: str) -> Path:
+    """The folder `configs`, `launch` or `slurm`: at the top of a checkout, inside the package in a wheel."""
+    inside = _PACKAGE / "_files" / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+def preset_names() -> list[str]:
+    """Names that `model.preset` may take."""
+    return sorted(path.stem for path in (shipped_files("configs") / "model").glob("*.yaml"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: should hold sections such as `run:` and `data:`, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree, source=str(path))
+
+
+def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a nested dictionary.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    tree = dict(tree)
+    if isinstance(tree.get("model"), dict) and tree["model"].get("preset") is not None:
+        tree["model"] = _merge(_load_preset(tree["model"]["preset"], source), tree["model"])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; loading it gives an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _load_preset(name: object, source: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+        raise ConfigError(f"{source}: model.preset={name} is not a preset: {hint}")
+    preset = yaml.safe_load((shipped_files("configs") / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(preset, dict)
+    return preset
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"'{override}' is not an override: write section.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"'{override}': the value is not valid YAML") from None
+    if isinstance(parsed, str):
+        parsed = _as_number(parsed)
+    *path, last = key.split(".")
+    for part in path:
+        child = tree.get(part)
+        if child is None:
+            child = tree[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"'{override}': {part} is a value, not a section")
+        tree = child
+    tree[last] = parsed
+
+
+def _as_number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as a string; nobody means that."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) and "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _sentence(problem: Any) -> str:
+    """One pydantic error as a sentence: path, value, and what would be valid."""
+    path = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key: {hint}"
+    if kind == "missing":
+        return f"{path}: required and not given"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return message if path == "configuration" else f"{path}: {message}"
+    return f"{path}={value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(loc: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *get_args(annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+

@@ -1,0 +1,255 @@
+"""Every configuration section, with its defaults and what each field means.
+
+Loading probes no hardware and imports no torch, so that a login node can check a job before it is submitted.
+`docs/configuration.md` is written from the docstrings below.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dist_transformer.config.base import Section
+from dist_transformer.config.model import ModelConfig
+
+
+class RunConfig(Section):
+    """Where the run lives and what its randomness starts from."""
+
+    dir: str
+    """The run directory: configuration, metrics, checkpoints, tracking files."""
+    seed: NonNegativeInt = 1
+    """Seed of initial weights, data order, noise and dropout."""
+
+
+class DataConfig(Section):
+    """Shards to batches."""
+
+    train: str
+    """Folder of shards with a `manifest.json`, as `dist-transformer prepare` writes it; its `train` split."""
+    eval: str | None = None
+    """Folder whose `eval` split is held out (its `train` split where it has no other); null: no evaluation."""
+    objective: Literal["span_corruption", "pairs"] = "span_corruption"
+    """span_corruption: T5's denoising of plain text; pairs: supervised source and target."""
+    noise_density: float = Field(default=0.15, gt=0, lt=1)
+    """Share of tokens that span corruption removes."""
+    mean_noise_span: float = Field(default=3.0, ge=1)
+    """Mean length of a removed span, in tokens."""
+    max_source_len: PositiveInt = 512
+    """Tokens in a row of the encoder."""
+    max_target_len: PositiveInt = 128
+    """Tokens in a row of the decoder."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a pair that is longer than a row; counted in any case. Plain text is always split."""
+    packing: bool = True
+    """Several samples in a row, kept apart by segment ids; false: one sample a row."""
+    window: PositiveInt = 4096
+    """Samples that are shuffled and packed together: bounds a worker's memory and the size of its state."""
+    shuffle: bool = True
+    """Permute shards and samples anew each epoch; false: the order in which they were written."""
+    workers: NonNegativeInt = 1
+    """Loader processes per rank; 0: in the training process."""
+    prefetch: PositiveInt = 4
+    """Micro-batches that each worker prepares ahead."""
+    fingerprint: bool = False
+    """Log `data/fingerprint`, a hash of each step's global batch that does not depend on the layout."""
+
+
+class TrainConfig(Section):
+    """What one step is, and how many there are."""
+
+    steps: PositiveInt
+    """Optimizer updates in the whole run."""
+    global_batch_size: PositiveInt = 2048
+    """Rows in one update, over all ranks: fixes what the model sees."""
+    micro_batch_size: PositiveInt = 32
+    """Rows that one rank handles at a time: fits memory, changes nothing else."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 master weights in the optimizer."""
+    grad_accum_dtype: Literal["fp32", "same"] = "fp32"
+    """Precision in which micro-steps' gradients add up; `same` as the parameters saves memory in bf16."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Weight of the uniform distribution in the target (the paper, section 5.4)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of log(Z)^2, which keeps the output's normaliser near 1 (T5 v1.1 uses 1e-4)."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    max_bad_steps: PositiveInt = 10
+    """The run stops after so many updates in a row that were skipped for a non-finite loss or gradient."""
+    loss_chunk_rows: PositiveInt = 1024
+    """Target positions whose logits exist at the same time: bounds the memory of the output projection."""
+    init_from: str | None = None
+    """A run directory or checkpoint whose weights the first step starts from (fine-tuning); a fresh optimizer and step 0."""
+
+
+class OptimizerConfig(Section):
+    """The update rule and its learning rate."""
+
+    name: Literal["adamw", "adamw_rms"] = "adamw"
+    """adamw_rms scales each tensor's step by its root mean square, as Adafactor does: the way to train T5 with Adam."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate: reached at the end of warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's two moments."""
+    eps: PositiveFloat = 1e-9
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices (never of norms, biases or position tables)."""
+    schedule: Literal["inverse_sqrt", "linear", "cosine", "constant"] = "inverse_sqrt"
+    """Shape after warm-up."""
+    warmup_steps: NonNegativeInt = 4000
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where linear and cosine end, as a share of `lr`."""
+
+    @model_validator(mode="after")
+    def _betas_fit(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must each be at least 0 and below 1")
+        return self
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    tp_degree: PositiveInt = 1
+    """Ranks that share each layer (tensor parallelism)."""
+    sequence_parallel: bool = True
+    """With tensor parallelism: shard norms and residuals along the sequence too."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed ZeRO shards over data-parallel ranks: nothing; optimizer; and gradients; and parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory: nothing, optimizer states (stages 1-3), or parameters too (stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3: stage 0 shards nothing")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload=all needs zero_stage=3, not {self.zero_stage}: only it shards parameters")
+        if self.tp_degree > 1:
+            raise ValueError(f"tp_degree={self.tp_degree}: tensor parallelism is not built yet: set tp_degree: 1")
+        return self
+
+
+class RecomputeConfig(Section):
+    """Activation checkpointing, each stack by itself."""
+
+    encoder: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the layer again in the backward pass."""
+    decoder: Literal["none", "full"] = "none"
+    """As `encoder`, for the decoder."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and what is kept."""
+
+    every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 3
+    """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
+
+
+class GenerateConfig(Section):
+    """How target text is searched for in evaluation and by `generate`."""
+
+    beam_size: PositiveInt = 5
+    """Hypotheses kept per source; 1 is greedy search."""
+    length_penalty: float = 1.0
+    """Finished hypotheses are ranked by log-probability / length ** length_penalty."""
+    max_len: PositiveInt | None = None
+    """Longest output in tokens; null: `data.max_target_len`."""
+    batch_tokens: PositiveInt = 4096
+    """Source tokens (padding counted) that are decoded together."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on held-out data while training."""
+
+    every: PositiveInt = 1000
+    """Steps between evaluations; the last step is always evaluated."""
+    batches: PositiveInt | None = 50
+    """Global batches of the held-out split that are read; null: all of it."""
+    bleu_sentences: NonNegativeInt = 0
+    """Held-out pairs that are also translated and scored with BLEU (objective `pairs`); 0: none."""
+    samples: NonNegativeInt = 0
+    """Held-out samples whose decoded output is logged."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where an API key and the server answer within seconds, else offline."""
+    project: str = "dist_transformer"
+    """Project the run belongs to."""
+    entity: str | None = None
+    """Team or user; null: the account's default."""
+    name: str | None = None
+    """Name shown; null: the run directory's name."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+
+class TrackingConfig(Section):
+    """What is logged, how often, and where to."""
+
+    every: PositiveInt = 10
+    """Steps between lines in `metrics.jsonl` and on the screen."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run directory too."""
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    deepspeed: dict[str, Any] = {}
+    """Extra DeepSpeed keys, merged into the configuration built from the fields above."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            problems.append(
+                f"train.micro_batch_size={self.train.micro_batch_size} does not divide "
+                f"train.global_batch_size={self.train.global_batch_size}"
+            )
+        if self.model.positions == "learned":
+            longest = max(self.data.max_source_len, self.data.max_target_len)
+            if longest > self.model.max_positions:
+                problems.append(
+                    f"model.max_positions={self.model.max_positions} is shorter than a row of {longest} tokens: "
+                    f"set model.max_positions={longest}"
+                )
+        owned = {
+            "train_batch_size": "train.global_batch_size",
+            "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+            "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+            "gradient_clipping": "train.clip",
+            "bf16": "train.precision",
+            "fp16": "train.precision (bf16: encoder-decoders overflow in fp16)",
+            "optimizer": "optimizer",
+            "scheduler": "optimizer.schedule",
+            "wandb": "tracking.wandb (DeepSpeed's own logging would make W&B drop ours)",
+            "tensorboard": "tracking.tensorboard",
+        }
+        problems += [
+            f"deepspeed.{key} is ours to set: use {ours}" for key, ours in owned.items() if key in self.deepspeed
+        ]
+        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
+            problems.append("deepspeed.zero_optimization.stage is ours to set: use parallel.zero_stage")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

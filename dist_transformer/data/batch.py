@@ -1,0 +1,75 @@
+"""The batch: rows of packed samples, what is counted about them, and the cursors that travel with them."""
+
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+PAD_ID = 0
+"""Token id of padding, and of the decoder's first input (T5's and Marian's convention)."""
+EOS_ID = 1
+"""Token id that ends every source and every target."""
+UNK_ID = 2
+"""Token id of what the tokenizer cannot represent."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a lane stands after a row: all that is needed to produce the lane's next row.
+
+    `epoch` counts passes over the lane's shards, `shard` is the position in the epoch's shuffled list for
+    the lane, `window` the window within that shard, `row` the next row of that window.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    window: int = 0
+    row: int = 0
+
+
+@dataclass
+class Batch:
+    """Rows of tokens for one forward pass. Shape legend: B rows, S source positions, T target positions.
+
+    A segment id is 0 on padding and counts the samples of its row from 1; a source and a target of the same
+    sample have the same id. Positions restart at 0 in every sample.
+    """
+
+    encoder_input_tokens: Tensor
+    """[B, S] int64."""
+    encoder_segment_ids: Tensor
+    """[B, S] int32."""
+    encoder_positions: Tensor
+    """[B, S] int32."""
+    decoder_input_tokens: Tensor
+    """[B, T] int64: the target shifted right by one within each sample, PAD_ID first."""
+    decoder_target_tokens: Tensor
+    """[B, T] int64: what is predicted; PAD_ID does not count."""
+    decoder_segment_ids: Tensor
+    """[B, T] int32."""
+    decoder_positions: Tensor
+    """[B, T] int32."""
+    n_source_tokens: int = 0
+    """Source tokens without padding."""
+    n_target_tokens: int = 0
+    """Target tokens without padding."""
+    n_pairs: int = 0
+    """Samples in all rows."""
+    lanes: list[int] = field(default_factory=list)
+    """[B] the lane each row came from."""
+    cursors: list[Cursor] = field(default_factory=list)
+    """[B] the cursor of its lane after each row."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
+            for f in fields(self)
+        }
+        return type(self)(**moved)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of both sides, padding counted."""
+        return self.encoder_input_tokens.numel() + self.decoder_input_tokens.numel()

@@ -1,0 +1,25 @@
+"""Errors that a person caused and can mend: one clear sentence each, no traceback.
+
+Every error raised on purpose for bad input is a `UserError`; the command line prints its sentence and exits
+with its code. Anything else is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file, key or shard, and the fix."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Bad arguments or configuration: found before any work began."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Bad input text, shards, manifest or tokenizer."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or that belongs to another model or layout."""

@@ -1,0 +1,100 @@
+"""Multi-head attention (the paper, section 3.2) and what a query may attend to."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_transformer.config import ModelConfig, StackConfig
+from dist_transformer.model.positions import Rotation
+
+
+class MultiHeadAttention(nn.Module):
+    """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, head_i = softmax(Q_i K_i^T / sqrt(d_k)) V_i.
+
+    With fewer key-value heads than query heads, groups of query heads share one (grouped-query attention,
+    Ainslie et al. 2023). Self-attention and cross-attention are this one class: keys and values come from
+    `keys_values`, so that a decoder can keep them.
+
+    Args:
+        d_memory: width of what is attended to; `stack.d_model` for self-attention.
+    """
+
+    def __init__(self, model: ModelConfig, stack: StackConfig, d_memory: int) -> None:
+        super().__init__()
+        self.head_dim, self.n_groups = stack.head_dim, stack.n_heads // stack.n_kv_heads
+        self.scale = 1.0 / math.sqrt(stack.head_dim) if model.scale_attention else 1.0
+        self.dropout = model.dropout if model.attention_dropout is None else model.attention_dropout
+        d_queries, d_keys = stack.n_heads * stack.head_dim, stack.n_kv_heads * stack.head_dim
+        self.q_proj = nn.Linear(stack.d_model, d_queries, bias=model.bias)
+        self.k_proj = nn.Linear(d_memory, d_keys, bias=model.bias)
+        self.v_proj = nn.Linear(d_memory, d_keys, bias=model.bias)
+        self.o_proj = nn.Linear(d_queries, stack.d_model, bias=model.bias)
+        self.q_norm = nn.RMSNorm(stack.head_dim, eps=model.norm_eps) if model.qk_norm else None
+        self.k_norm = nn.RMSNorm(stack.head_dim, eps=model.norm_eps) if model.qk_norm else None
+
+    def keys_values(self, memory_BSD: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """What is attended to [B, S, D] to keys and values [B, H, S, K] each, H the key-value heads."""
+        k_BHSK, v_BHSK = self._split_heads(self.k_proj(memory_BSD)), self._split_heads(self.v_proj(memory_BSD))
+        if self.k_norm is not None:
+            k_BHSK = self.k_norm(k_BHSK)
+        if rotation is not None:
+            k_BHSK = rotation(k_BHSK)
+        return k_BHSK, v_BHSK
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        scores_mask: Tensor | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Attend from `x_BTD` to keys and values; returns [B, T, D].
+
+        Args:
+            scores_mask: broadcastable to [B, H, T, S]: boolean (True may attend) or added to the scores.
+        """
+        q_BHTK = self._split_heads(self.q_proj(x_BTD))
+        if self.q_norm is not None:
+            q_BHTK = self.q_norm(q_BHTK)
+        if rotation is not None:
+            q_BHTK = rotation(q_BHTK)
+        k_BHSK, v_BHSK = keys_values
+        if self.n_groups > 1:
+            k_BHSK = k_BHSK.repeat_interleave(self.n_groups, dim=1)
+            v_BHSK = v_BHSK.repeat_interleave(self.n_groups, dim=1)
+        heads_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
+            attn_mask=scores_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+        )
+        out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
+        return out_BTD
+
+    def _split_heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def may_attend(query_segments_BT: Tensor, key_segments_BS: Tensor, causal: bool = False) -> Tensor:
+    """Which query may see which key, [B, 1, T, S]: the same sample only, and, if causal, nothing later.
+
+    A query on padding (segment 0) may see every key: its output is never used, and a softmax over nothing
+    would be NaN. No other query sees padding.
+    """
+    query_B1T1, key_B11S = query_segments_BT[:, None, :, None], key_segments_BS[:, None, None, :]
+    allowed = (query_B1T1 == key_B11S) | (query_B1T1 == 0)
+    if causal:
+        n_queries, n_keys = query_segments_BT.shape[1], key_segments_BS.shape[1]
+        allowed = allowed & torch.ones(n_queries, n_keys, dtype=torch.bool, device=allowed.device).tril()
+    return allowed
+
+
+def scores_mask(allowed_B1TS: Tensor, bias_1HTS: Tensor | None) -> Tensor:
+    """Join the boolean mask with a bias on scores, if there is one: what `MultiHeadAttention` takes."""
+    if bias_1HTS is None:
+        return allowed_B1TS
+    return torch.where(allowed_B1TS, bias_1HTS, torch.finfo(bias_1HTS.dtype).min)

@@ -1,0 +1,64 @@
+"""What encoder and decoder layers share: Add & Norm, and the position-wise feed-forward network."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_transformer.config import ModelConfig, StackConfig
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+_GATED = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu": "silu"}
+
+
+def build_norm(model: ModelConfig, d_model: int) -> nn.Module:
+    """Layer normalisation (Ba et al. 2016) or root-mean-square normalisation (Zhang and Sennrich 2019)."""
+    norm = nn.LayerNorm if model.norm == "layer_norm" else nn.RMSNorm
+    return norm(d_model, eps=model.norm_eps)
+
+
+class AddNorm(nn.Module):
+    """The residual connection around a sublayer with its norm ("Add & Norm", the paper, section 3.1).
+
+    Post: LayerNorm(x + Sublayer(x)), as in the paper. Pre: x + Sublayer(Norm(x)), as in T5.
+    """
+
+    def __init__(self, model: ModelConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.pre, self.dropout = model.norm_position == "pre", stack.dropout
+        self.norm = build_norm(model, stack.d_model)
+
+    def forward(self, x_BTD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `sublayer` to [B, T, D] with dropout on its output, add, normalise."""
+        y_BTD = sublayer(self.norm(x_BTD) if self.pre else x_BTD)
+        sum_BTD = x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+        return sum_BTD if self.pre else self.norm(sum_BTD)
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = activation(x W_1 + b_1) W_2 + b_2 (the paper, section 3.3).
+
+    Gated (Shazeer 2020): (activation(x W_gate) * x W_up) W_down.
+    """
+
+    def __init__(self, model: ModelConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.activation = _ACTIVATIONS[_GATED.get(model.ffn, model.ffn)]
+        self.dropout = model.dropout if model.ffn_dropout is None else model.ffn_dropout
+        self.up = nn.Linear(stack.d_model, stack.d_ff, bias=model.bias)
+        self.gate = nn.Linear(stack.d_model, stack.d_ff, bias=model.bias) if model.ffn in _GATED else None
+        self.down = nn.Linear(stack.d_ff, stack.d_model, bias=model.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], each position by itself."""
+        if self.gate is None:
+            inner_BTF = self.activation(self.up(x_BTD))
+        else:
+            inner_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        out_BTD: Tensor = self.down(F.dropout(inner_BTF, self.dropout, self.training))
+        return out_BTD
