@@ -1,0 +1,1 @@
+"""DeepSpeed around the model: the only importer of deepspeed. Steps, checkpoints, the update rule."""

@@ -1,0 +1,76 @@
+"""DeepSpeed's own configuration, built from ours."""
+
+from typing import Any
+
+from dist_transformer.config import Config
+from dist_transformer.errors import ConfigError
+
+
+def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
+    """The dictionary `deepspeed.initialize` takes, the user's extra keys merged in.
+
+    Raises:
+        ConfigError: if batch sizes, accumulation and ranks do not fit together.
+    """
+    train, parallel = config.train, config.parallel
+    # DeepSpeed's stage 0 in bf16 cannot accumulate in another precision than the parameters'.
+    accumulate_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
+    tree: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps(config, dp_size),
+        # Stage 0 in fp32 has no DeepSpeed optimizer around it: `Engine` clips there itself.
+        "gradient_clipping": 0.0 if is_plain(config) else train.clip,
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32" if accumulate_fp32 else None},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {"stage": parallel.zero_stage},
+    }
+    zero = tree["zero_optimization"]
+    if parallel.zero_stage:
+        zero.update(overlap_comm=False, contiguous_gradients=True, round_robin_gradients=False)
+    if parallel.zero_stage == 3:
+        zero.update(stage3_gather_16bit_weights_on_model_save=False)
+    if parallel.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if parallel.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    return _merge(tree, config.deepspeed)
+
+
+def is_plain(config: Config) -> bool:
+    """True where DeepSpeed runs the optimizer bare: no ZeRO, no master weights."""
+    return config.parallel.zero_stage == 0 and config.train.precision == "fp32"
+
+
+def grad_accum_steps(config: Config, dp_size: int) -> int:
+    """Micro-steps of one update: global batch / (micro batch x data-parallel ranks).
+
+    Raises:
+        ConfigError: if it does not divide.
+    """
+    train = config.train
+    rows = train.micro_batch_size * dp_size
+    if train.global_batch_size % rows:
+        fits = [n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % (n * dp_size) == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - train.micro_batch_size))[:3])
+        hint = (
+            f"try train.micro_batch_size={' or '.join(map(str, near))}"
+            if near
+            else f"make train.global_batch_size a multiple of {dp_size}"
+        )
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {dp_size} data-parallel ranks: {hint}"
+        )
+    return train.global_batch_size // rows
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged

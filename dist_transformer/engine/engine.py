@@ -1,0 +1,164 @@
+"""One optimizer update over a list of micro-batches: DeepSpeed ZeRO underneath, token-exact loss on top."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_transformer.config import Config
+from dist_transformer.data.batch import Batch
+from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
+from dist_transformer.engine.layouts import set_layouts
+from dist_transformer.engine.objective import TrainingModule
+from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
+from dist_transformer.model import EncoderDecoder, build_model, initialize
+from dist_transformer.parallel.cross_entropy import TokenLoss
+from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.parallel.recompute import apply_recompute
+
+# DeepSpeed reads these while it is imported.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+import deepspeed  # noqa: E402
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+# On CPU, DeepSpeed would compile a shared-memory collective in C++ for minutes on first use; gloo serves.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass
+class StepResult:
+    """What one update gives, before it is known on other ranks."""
+
+    sums: Tensor
+    """[3] float32 on the device: this rank's objective, cross-entropy (nats) and correct targets."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm before clipping; inf or NaN where the update was skipped."""
+    applied: bool
+    """False: the loss or the gradient was not finite and the weights are as before."""
+
+
+class Engine:
+    """The model on this rank, ready to train.
+
+    Args:
+        weights: initial weights by name, in place of random ones (fine-tuning).
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, weights: dict[str, Tensor] | None = None) -> None:
+        self.config, self.mesh = config, mesh
+        self.deepspeed_config = build_deepspeed_config(config, mesh.dp_size)
+        model = build_model(config.model)
+        initialize(model, config.run.seed, mesh.device)
+        if weights is not None:
+            model.load_state_dict(weights)
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        apply_recompute(model, config.recompute)
+        # Dropout must differ between ranks that see different rows; initial weights never read this generator.
+        torch.manual_seed(config.run.seed * 1_000_003 + mesh.dp_rank)
+        module = TrainingModule(model, config.train)
+        optimizer = build_optimizer(module, config.optimizer, mesh.device)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=self.deepspeed_config,
+            mpu=mesh,
+            dist_init_required=False,
+        )
+        self._inner = optimizer
+        for state in optimizer.state.values():
+            # Some of DeepSpeed's wrappers take an update with zero gradients while they are built.
+            if "step" in state:
+                state["step"].zero_()
+        if isinstance(optimizer, RMSScaledAdamW):
+            set_layouts(self.optimizer, optimizer, mesh)
+
+    @property
+    def model(self) -> EncoderDecoder:
+        """The encoder-decoder; under ZeRO 3 its parameters are whole only inside `whole_model`."""
+        model: EncoderDecoder = self.deepspeed.module.model
+        return model
+
+    def train_step(self, micro_batches: Sequence[Batch], n_target_tokens: int, step: int) -> StepResult:
+        """Forward, backward and update number `step` (from 1).
+
+        Args:
+            micro_batches: this rank's share of the global batch.
+            n_target_tokens: target tokens of the whole global batch: what the loss is divided by, once.
+        """
+        rate = self.set_learning_rate(step)
+        sums = self.accumulate(micro_batches, n_target_tokens)
+        norm, applied = self._update(sums)
+        return StepResult(sums, rate, norm, applied)
+
+    def accumulate(self, micro_batches: Sequence[Batch], n_target_tokens: int) -> Tensor:
+        """Forward and backward of all micro-steps, without the update; returns the sums of `StepResult`."""
+        self.deepspeed.train()
+        sums = torch.zeros(3, device=self.mesh.device)
+        # ZeRO averages gradients over data-parallel ranks, so that the sum needs this factor back.
+        scale = self.mesh.dp_size / max(1, n_target_tokens)
+        for index, batch in enumerate(micro_batches):
+            loss: TokenLoss = self.deepspeed(batch.to(self.mesh.device))
+            self.deepspeed.backward(loss.objective * scale, scale_wrt_gas=False)
+            sums += torch.stack([loss.objective.detach(), loss.cross_entropy, loss.n_correct])
+            if index < len(micro_batches) - 1:
+                self.deepspeed.step()  # counts the micro-step; updates nothing before the last one
+        return sums
+
+    def evaluate_batch(self, batch: Batch) -> TokenLoss:
+        """Loss of a batch without dropout, smoothing, or gradient. A collective under ZeRO 3."""
+        self.deepspeed.eval()
+        with torch.no_grad():
+            loss: TokenLoss = self.deepspeed(batch.to(self.mesh.device))
+        return loss
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set the learning rate of update number `step`, and return it."""
+        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        for group in {id(g): g for o in (self.optimizer, self._inner) for g in o.param_groups}.values():
+            group["lr"] = rate
+        return rate
+
+    @contextmanager
+    def whole_model(self) -> Iterator[EncoderDecoder]:
+        """The model in evaluation mode with all its parameters on this rank, for decoding. A collective under ZeRO 3."""
+        self.deepspeed.eval()
+        if self.config.parallel.zero_stage < 3:
+            yield self.model
+            return
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+            yield self.model
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient, averaged over ranks as the update would see it, after `accumulate`. A collective."""
+        return {
+            name: deepspeed.utils.safe_get_full_grad(parameter) if self.config.parallel.zero_stage else parameter.grad
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def _update(self, sums: Tensor) -> tuple[float, bool]:
+        if is_plain(self.config):
+            return self._plain_update()
+        self.deepspeed.step()
+        norm: Any = self.deepspeed.get_global_grad_norm()
+        return (float("nan") if norm is None else float(norm)), bool(self.deepspeed.was_step_applied())
+
+    def _plain_update(self) -> tuple[float, bool]:
+        """Without ZeRO or master weights DeepSpeed neither reports the norm nor skips bad updates."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = bool(torch.isfinite(norm))
+        if not finite:
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.config.train.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip, norm)
+        self.deepspeed.step()
+        return float(norm), finite

@@ -1,0 +1,1 @@
+"""How ranks share a model: the mesh of ranks, collectives, vocabulary-chunked loss, recomputation."""

@@ -1,0 +1,135 @@
+"""The mesh of ranks: the one place with degree arithmetic. world = dp x tp, tp innermost."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dist_transformer.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""After this long a collective whose peers are gone fails instead of waiting."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among all ranks, and the groups it talks to. Also the `mpu` that DeepSpeed reads."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    device: torch.device
+    dp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """True on the one rank that writes files and talks to people."""
+        return self.rank == 0
+
+    # DeepSpeed asks for both spellings, by call.
+    def get_model_parallel_rank(self) -> int:
+        return self.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tp_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tp_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tp_size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.dp_group
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process by itself."""
+    for rank, world, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        # A batch shell has SLURM_PROCID too; only a job step has a step id that is a task's.
+        if rank in os.environ and (rank == "RANK" or "MASTER_ADDR" in os.environ):
+            return int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, "0"))
+    return 0, 1, 0
+
+
+def data_parallel_size(world_size: int, tp_degree: int) -> int:
+    """How many replicas of the model the world holds.
+
+    Raises:
+        ConfigError: if the world cannot be divided so.
+    """
+    if world_size % tp_degree:
+        raise ConfigError(f"parallel.tp_degree={tp_degree} does not divide the {world_size} ranks of this run")
+    return world_size // tp_degree
+
+
+@contextmanager
+def open_mesh(tp_degree: int = 1) -> Iterator[Mesh]:
+    """Join the other ranks, and leave them at the end. NCCL where there is a GPU for each rank, else gloo."""
+    rank, world_size, local_rank = world_from_environment()
+    dp_size = data_parallel_size(world_size, tp_degree)
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    options: dict[str, object] = {}
+    if "MASTER_ADDR" not in os.environ:
+        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif "RANK" not in os.environ:
+        options = {"rank": rank, "world_size": world_size}
+    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **options)
+    try:
+        yield _build_mesh(rank, world_size, local_rank, dp_size, tp_degree, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _build_mesh(
+    rank: int, world_size: int, local_rank: int, dp_size: int, tp_size: int, device: torch.device
+) -> Mesh:
+    dp_groups = [dist.new_group(list(range(tp, world_size, tp_size))) for tp in range(tp_size)]
+    tp_groups = [dist.new_group(list(range(dp * tp_size, (dp + 1) * tp_size))) for dp in range(dp_size)]
+    dp_rank, tp_rank = divmod(rank, tp_size)
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        device=device,
+        dp_group=dp_groups[tp_rank],
+        tp_group=tp_groups[dp_rank],
+    )
+
+
+def host_name() -> str:
+    """This machine's name, for messages that must say which rank is meant."""
+    return socket.gethostname()
