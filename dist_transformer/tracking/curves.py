@@ -1,8 +1,9 @@
 """The rows of `metrics.jsonl` as curves over steps."""
 
 import bisect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,14 +33,11 @@ class Curve:
         """The steps of the other points."""
         return [s for s, v in zip(self.steps, self.values, strict=True) if not math.isfinite(v)]
 
-    def at(self, step: float) -> float:
-        """The value at a step between the first and the last, interpolated."""
-        right = bisect.bisect_left(self.steps, step)
-        if right < len(self.steps) and self.steps[right] == step:
-            return self.values[right]
-        right = min(max(right, 1), len(self.steps) - 1)
+    def step_of(self, value: float) -> float:
+        """Where a rising curve of at least two points reaches a value, interpolated."""
+        right = min(max(bisect.bisect_left(self.values, value), 1), len(self.values) - 1)
         (x0, x1), (y0, y1) = self.steps[right - 1 : right + 1], self.values[right - 1 : right + 1]
-        return y0 + (y1 - y0) * (step - x0) / (x1 - x0)
+        return x0 if y1 == y0 else x0 + (x1 - x0) * (value - y0) / (y1 - y0)
 
 
 @dataclass
@@ -96,16 +94,28 @@ def load_curves(run_dir: Path, name: str) -> RunCurves:
     )
 
 
-def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
-    """An exponential moving average over about `share` of the points, without the pull of its start value."""
-    span = max(2.0, share * len(values))
-    decay = 1 - 1 / span
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
-    return result
+def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """The curve behind the noise: a running median against spikes, then a running mean.
+
+    Both look equally far to either side, so that the curve does not lag. At the start, where losses fall
+    steeply, they look less far; at the end they look further back than ahead, so that the last value is no
+    single point.
+    """
+    reach = max(2, round(share * len(values) / 2))
+    calm = [_median(values[start:end]) for start, end in _windows(len(values), min(reach, 25))]
+    sums = list(itertools.accumulate(calm, initial=0.0))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in _windows(len(values), reach)]
+
+
+def _windows(length: int, reach: int) -> Iterator[tuple[int, int]]:
+    for place in range(length):
+        ahead = min(reach, place, length - 1 - place)
+        back = min(reach, place, max(ahead, reach // 2))
+        yield place - back, place + ahead + 1
+
+
+def _median(window: Sequence[float]) -> float:
+    return sorted(window)[len(window) // 2]
 
 
 def _restart_steps(rows: Sequence[Row]) -> list[int]:

@@ -1,6 +1,7 @@
 """Pictures of runs, drawn from `metrics.jsonl` with matplotlib."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from dist_transformer.tracking.curves import Curve, RunCurves, load_curves, smoo
 
 # Okabe and Ito's palette: told apart by people of every colour vision, and in grey print by its lightness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_EVAL_STYLES = ("-", "--", ":", "-.")
+_SET_STYLES: tuple[Any, ...] = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)))
 _GREY = "#555555"
+_ROUND = (1, 2, 2.5, 5, 10)  # First digits of ticks.
 _STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -67,48 +69,61 @@ def _draw(runs: Sequence[RunCurves]) -> Any:
         main = figure.add_subplot()
     _loss_panel(main, runs)
     for column, (title, unit, key) in enumerate(panels):
-        axes = figure.add_subplot(grid[1, column], sharex=main)
+        axes = figure.add_subplot(grid[1, column])
         _small_panel(axes, runs, title, unit, key)
     return figure
 
 
 def _loss_panel(axes: Any, runs: Sequence[RunCurves]) -> None:
     alone = len(runs) == 1
-    for colour, run in zip(_cycle(len(runs)), runs, strict=True):
-        name = "training" if alone else run.name
-        _draw_training(axes, run.scalars.get("train/loss"), colour, name)
-        for number, (set_name, curve) in enumerate(run.eval_losses.items()):
-            finite = curve.finite()
-            axes.plot(
-                finite.steps,
-                finite.values,
-                color=_COLOURS[1 + number % (len(_COLOURS) - 1)] if alone else colour,
-                linestyle=_EVAL_STYLES[number % len(_EVAL_STYLES)] if alone else "--",
-                linewidth=1.6,
-                marker="o",
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-                zorder=4,
-                label=f"evaluation{f': {set_name}' if set_name else ''}"
-                if alone
-                else _plain(f"{run.name}, {set_name}"),
+    sets = sorted({name for run in runs for name in run.eval_losses})
+    for run_colour, run in zip(_cycle(len(runs)), runs, strict=True):
+        training = run.scalars.get("train/loss")
+        _draw_training(axes, training, run_colour, "training" if alone else run.name)
+        for name, curve in run.eval_losses.items():
+            number = sets.index(name)
+            # Alone, the sets differ by colour too; several runs need the colours for themselves.
+            colour = _COLOURS[1 + number % (len(_COLOURS) - 1)] if alone else run_colour
+            _draw_points(
+                axes, curve, colour, _SET_STYLES[number % len(_SET_STYLES)], _set_label(name) if alone else ""
             )
-        _mark_nonfinite(axes, run.scalars.get("train/loss"), colour)
+    if not alone:
+        for number, name in enumerate(sets):
+            axes.plot(
+                [], [], color=_GREY, linestyle=_SET_STYLES[number % len(_SET_STYLES)], label=_set_label(name)
+            )
+    for run_colour, run in zip(_cycle(len(runs)), runs, strict=True):
+        _mark_nonfinite(axes, run, run_colour, "" if alone else f" in {run.name}")
     axes.set_ylabel("loss (nats per target token)")
     axes.set_xlabel("step")
     _limit(axes, runs)
     _step_axis(axes, n_ticks=10)
     if alone:
-        axes.set_title(
-            _facts(runs[0]), fontweight="normal", color=_GREY, pad=34 if runs[0].tokens.values else 8
-        )
-        _token_axis(axes, runs[0])
+        has_tokens = _token_axis(axes, runs[0])
+        axes.set_title(_facts(runs[0]), fontweight="normal", color=_GREY, pad=40 if has_tokens else 8)
         _mark_restarts(axes, runs[0])
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", ncols=1 if alone else 1 + len(runs) // 5)
+        axes.legend(loc="upper right", ncols=1 if alone else 1 + len(runs) // 6)
     else:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color=_GREY)
+
+
+def _draw_points(axes: Any, curve: Curve, colour: str, line: Any, label: str) -> None:
+    """A curve of few points that each count."""
+    finite = curve.finite()
+    axes.plot(
+        finite.steps,
+        finite.values,
+        color=colour,
+        linestyle=line,
+        linewidth=1.6,
+        marker="o",
+        markersize=5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        zorder=4,
+        label=label or "_no legend",
+    )
 
 
 def _draw_training(axes: Any, curve: Curve | None, colour: str, label: str) -> None:
@@ -133,42 +148,50 @@ def _draw_training(axes: Any, curve: Curve | None, colour: str, label: str) -> N
 
 
 def _small_panel(axes: Any, runs: Sequence[RunCurves], title: str, unit: str, key: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    positive: list[float] = []
+    highest, lowest_positive = 0.0, math.inf
     for colour, run in zip(_cycle(len(runs)), runs, strict=True):
-        curve = run.scalars.get(key)
+        curve = run.scalars.get(key, Curve())
+        values = curve.finite().values
+        highest = max([highest, *values])
+        lowest_positive = min([lowest_positive, *(value for value in values if value > 0)])
         if key == "train/lr":
-            if curve is not None:
-                axes.plot(curve.finite().steps, curve.finite().values, color=colour, linewidth=1.8)
+            axes.plot(curve.finite().steps, values, color=colour, linewidth=1.8)
         elif key.startswith("eval/"):
-            if curve is not None:
-                axes.plot(
-                    curve.finite().steps,
-                    curve.finite().values,
-                    color=colour,
-                    linewidth=1.6,
-                    marker="o",
-                    markersize=4,
-                )
+            _draw_points(axes, curve, colour, "-", "")
         else:
             _draw_training(axes, curve, colour, run.name)
-        positive += [value for value in (curve.finite().values if curve else []) if value > 0]
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.set_xlabel("step")
     _step_axis(axes, n_ticks=4)
-    if key == "train/grad_norm" and positive and max(positive) > 30 * min(positive):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif key == "perf/tokens_per_sec":
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-    elif key == "train/lr":
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        axes.set_ylim(bottom=0)
+    if key == "train/grad_norm":
+        if highest > 30 * lowest_positive:
+            _log_axis(axes)
+    elif highest > 0:
+        axes.set_ylim(0, 1.1 * highest)
+        _short_ticks(axes, unit, highest)
+
+
+def _short_ticks(axes: Any, unit: str, highest: float) -> None:
+    """Ticks of few digits: 150k for large numbers, and a power of ten at the unit for small ones."""
+    from matplotlib.ticker import FuncFormatter
+
+    exponent = math.floor(math.log10(highest))
+    if exponent < -1:
+        scale = 10.0**exponent
+        axes.set_ylabel(rf"{unit} ($\times 10^{{{exponent}}}$)")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:.3g}"))
+    elif exponent >= 3:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_count(value)))
+
+
+def _log_axis(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _small_panels(runs: Sequence[RunCurves]) -> list[tuple[str, str, str]]:
@@ -178,11 +201,8 @@ def _small_panels(runs: Sequence[RunCurves]) -> list[tuple[str, str, str]]:
         ("Throughput", "real tokens / s, all ranks", "perf/tokens_per_sec"),
         ("Gradient norm", "norm before clipping", "train/grad_norm"),
     ]
-    wanted += [
-        ("BLEU", key.removeprefix("eval/"), key)
-        for key in sorted({k for r in runs for k in r.scalars})
-        if key.endswith("/bleu")
-    ][:1]
+    bleu = sorted({key for run in runs for key in run.scalars if key.endswith("/bleu")})
+    wanted += [("BLEU", _plain(key.removeprefix("eval/").removesuffix("/bleu")), key) for key in bleu[:1]]
     return [
         panel for panel in wanted if any(run.scalars.get(panel[2], Curve()).finite().steps for run in runs)
     ]
@@ -201,21 +221,23 @@ def _limit(axes: Any, runs: Sequence[RunCurves]) -> None:
         axes.set_ylim(low - margin, high + margin)
 
 
-def _mark_nonfinite(axes: Any, curve: Curve | None, colour: str) -> None:
+def _mark_nonfinite(axes: Any, run: RunCurves, colour: str, where: str) -> None:
     """Crosses on the lower edge where the loss was no number."""
-    if curve is not None and (steps := curve.nonfinite_steps()):
-        axes.plot(
-            steps,
-            [0.015] * len(steps),
-            transform=axes.get_xaxis_transform(),
-            linestyle="none",
-            marker="x",
-            color=colour,
-            markersize=7,
-            markeredgewidth=2,
-            label=f"loss not finite ({len(steps)} times)",
-            zorder=5,
-        )
+    steps = run.scalars.get("train/loss", Curve()).nonfinite_steps()
+    if not steps:
+        return
+    axes.plot(
+        steps,
+        [0.015] * len(steps),
+        transform=axes.get_xaxis_transform(),
+        linestyle="none",
+        marker="x",
+        color=colour,
+        markersize=7,
+        markeredgewidth=2,
+        label=_plain(f"loss not finite{where} ({len(steps)}×)"),
+        zorder=5,
+    )
 
 
 def _mark_restarts(axes: Any, run: RunCurves) -> None:
@@ -233,23 +255,39 @@ def _mark_restarts(axes: Any, run: RunCurves) -> None:
             )
 
 
-def _token_axis(axes: Any, run: RunCurves) -> None:
-    """Tokens seen along the upper edge, at the places of the step ticks."""
+def _token_axis(axes: Any, run: RunCurves) -> bool:
+    """Tokens seen along the upper edge, at round numbers; whether they are known."""
+    from matplotlib.ticker import MaxNLocator
+
     known = run.tokens.finite()
-    if len(known.steps) < 2:
-        return
+    if len(known.steps) < 2 or known.values[-1] <= known.values[0]:
+        return False
+    low, high = known.values[0], known.values[-1]
+    tokens = [tick for tick in MaxNLocator(9, steps=_ROUND).tick_values(low, high) if low <= tick <= high]
     upper = axes.secondary_xaxis("top")
     upper.set_xlabel("tokens seen", color=_GREY)
-    ticks = [tick for tick in axes.get_xticks() if known.steps[0] <= tick <= known.steps[-1]]
-    upper.set_xticks(ticks, [human_count(known.at(tick)) for tick in ticks])
+    upper.set_xticks([known.step_of(tick) for tick in tokens], [_round_count(tick) for tick in tokens])
     upper.tick_params(colors=_GREY, length=3)
     upper.spines["top"].set_visible(True)
+    return True
+
+
+def _round_count(number: float) -> str:
+    """As `human_count`, for round numbers: 50k, not 50.0k."""
+    text = human_count(number)
+    unit = text.lstrip("-0123456789.")
+    digits = text[: len(text) - len(unit)]
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
+
+
+def _set_label(name: str) -> str:
+    return _plain(f"evaluation: {name}" if name else "evaluation")
 
 
 def _step_axis(axes: Any, n_ticks: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(n_ticks, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(n_ticks, integer=True, min_n_ticks=1, steps=_ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.margins(x=0.02)
 
