@@ -64,6 +64,7 @@ class Feed:
         self._closing: tuple[int, bool] | None = None
         self._busy_since: float | None = None
         self._opened = threading.Event()
+        self._given_up = False
         self._thread = threading.Thread(target=self._work, name=f"sink-{sink.name}", daemon=True)
         self._thread.start()
 
@@ -101,33 +102,36 @@ class Feed:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._thread.is_alive():
             return True
+        self._given_up = True
         with self._changed:
             n_left = len(self._rows)
             self.n_dropped += n_left
             self._rows.clear()
         self._say(f"{self.sink.name} did not finish in time: {n_left} rows are only in metrics.jsonl")
         self._guarded(self.sink.abandon)
-        self._thread.join(1.0)
+        self._thread.join(2.0)
         return False
 
     def _work(self) -> None:
+        # BaseException: a sink may end in SystemExit too (wandb's teardown does); nothing may get out.
         try:
-            try:
-                self.sink.open()
-            except BaseException as error:
-                self._say(f"{self.sink.name} could not start and is off for this run: {_sentence(error)}")
-                return
-            finally:
-                self._opened.set()
-            self._pump()
-            assert self._closing is not None
-            self.sink.close(*self._closing)
-        # A sink may end in SystemExit too (wandb's teardown does): nothing of it may reach the run.
+            self.sink.open()
         except BaseException as error:
-            self._say(f"{self.sink.name} ended with an error: {_sentence(error)}")
+            self._say(f"{self.sink.name} could not start and is off for this run: {_sentence(error)}")
+            return
+        finally:
+            self._opened.set()
+        working = self._pump()
+        if not working:
+            self._guarded(self.sink.abandon)
+        try:
+            self.sink.close(*(self._closing or (1, False)))
+        except BaseException as error:
+            if working and not self._given_up:
+                self._say(f"{self.sink.name} ended with an error: {_sentence(error)}")
 
-    def _pump(self) -> None:
-        """Hand over rows until asked to close."""
+    def _pump(self) -> bool:
+        """Hand over rows until asked to close or the sink failed too often; whether it still works."""
         failures = 0
         while (row := self._take()) is not None:
             self._busy_since = time.monotonic()
@@ -137,14 +141,14 @@ class Feed:
             except BaseException as error:
                 self.n_failed += 1
                 failures += 1
-                if failures == 1:
+                if failures == 1 and not self._given_up:
                     self._say(f"{self.sink.name} refused row {row.get('row')}: {_sentence(error)}")
                 if failures >= self._max_failures:
-                    raise RuntimeError(
-                        f"off for this run after {failures} failures in a row: {_sentence(error)}"
-                    ) from error
+                    self._say(f"{self.sink.name} is off for this run after {failures} failures in a row")
+                    return False
             finally:
                 self._busy_since = None
+        return True
 
     def _take(self) -> Row | None:
         with self._changed:

@@ -69,11 +69,14 @@ def find_api_key(base_url: str, environment: Mapping[str, str] = os.environ) -> 
 
 
 def _ask(base_url: str, key: str | None, timeout: float, verify_tls: bool) -> ServerAnswer:
-    request = urllib.request.Request(
-        base_url.rstrip("/") + "/graphql",
-        data=json.dumps(_VIEWER).encode(),
-        headers={"Content-Type": "application/json", "User-Agent": "dist_transformer"},
-    )
+    try:
+        request = urllib.request.Request(
+            base_url.rstrip("/") + "/graphql",
+            data=json.dumps(_VIEWER).encode(),
+            headers={"Content-Type": "application/json", "User-Agent": "dist_transformer"},
+        )
+    except ValueError:
+        return ServerAnswer(False, f"{base_url!r} is no address of a server")
     if key:
         request.add_header("Authorization", "Basic " + base64.b64encode(f"api:{key}".encode()).decode())
     context = ssl.create_default_context()

@@ -78,7 +78,11 @@ class WandbSink:
                 self._teardown()
         if self._config.mode == "online":
             self._report(f"W&B goes on offline: {self._why_offline}")
-        self._start("offline")
+        try:
+            self._start("offline")
+        except BaseException:
+            self._teardown()
+            raise
 
     def write(self, row: Row) -> None:
         """Log one row; where wandb-core is gone, begin again with the same run id and log it there."""
@@ -103,10 +107,13 @@ class WandbSink:
         """Finish the run; on a preemption the page says that it will come back."""
         if self._run is None:
             return
-        if preempted:
-            self._run.mark_preempting()
-        self._run.finish(exit_code=exit_code)
-        self._teardown()
+        try:
+            if preempted:
+                self._run.mark_preempting()
+            self._run.finish(exit_code=exit_code)
+        finally:
+            # Also after a failure: wandb would wait for its helper when the process ends.
+            self._teardown()
 
     def interrupt(self) -> None:
         """Kill wandb-core, which may be stuck: calls that wait for it then fail."""

@@ -285,7 +285,7 @@ def test_a_raising_sink_is_said_once_and_turned_off(tmp_path: Path, error: BaseE
     assert (
         len(said) == 2 and "bad refused row 0" in said[0] and "off for this run after 20 failures" in said[1]
     )
-    assert log.counters()["tracking/bad_failed"] == 20 and bad.closed is None
+    assert log.counters()["tracking/bad_failed"] == 20 and bad.interrupted.is_set() and bad.closed
 
 
 def test_a_sink_that_cannot_open_and_a_report_that_fails_do_not_matter(tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""W&B without a server: real offline runs of real processes, read back from their transaction logs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wandb_log import axes, find_tail, history, run_record, wandb_files
+
+from dist_transformer.config import TrackingConfig, WandbConfig
+from dist_transformer.tracking import MetricsLog, build_sinks, check_tracking, read_metrics
+from dist_transformer.tracking.wandb_sink import core_pid
+
+pytestmark = pytest.mark.usefixtures("clean_wandb")
+OFFLINE = TrackingConfig(wandb=WandbConfig(mode="offline", project="unit", tags=("a",)))
+
+_PROCESS = """
+import sys, time
+from pathlib import Path
+from dist_transformer.config import TrackingConfig, WandbConfig
+from dist_transformer.tracking import MetricsLog, build_sinks
+run_dir, first, last, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+tracking = TrackingConfig(wandb=WandbConfig(mode="offline"))
+log = MetricsLog(run_dir, build_sinks(tracking, run_dir, {"model": {"d_model": 8}}))
+for step in range(first, last):
+    log.log("train", step, {"train/loss": 1 / (step + 1), "trainer/tokens_seen": step * 100})
+    print(step, flush=True)
+    time.sleep(pause)
+log.close()
+"""
+
+
+def start(run_dir: Path, first: int, last: int, pause: float = 0.0) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _PROCESS, str(run_dir), str(first), str(last), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_every_row_is_read_back_with_its_axes_and_configuration(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs/first"
+    log = MetricsLog(
+        run_dir, build_sinks(OFFLINE, run_dir, {"model": {"d_model": 8, "tied": True}, "betas": [0.9, 0.98]})
+    )
+    for step in range(10, 310, 10):
+        log.log(
+            "train", step, {"train/loss": 3 / step, "trainer/tokens_seen": step * 64, "perf/mfu_pct": 41.5}
+        )
+        if step % 100 == 0:
+            log.log("eval", step, {"eval/news/loss": 4 / step})
+    log.log("train", 310, {"train/loss": float("nan"), "data/fingerprint": "f00d"})
+    where = log.where()
+    assert log.close(exit_code=0)
+
+    (file,) = wandb_files(run_dir)
+    rows, logged = history(file), read_metrics(run_dir)
+    assert [row["_step"] for row in rows] == [row["row"] for row in logged] == list(range(34))
+    for row, expected in zip(rows[:-1], logged[:-1], strict=True):
+        for key in expected.keys() - {"event", "step", "row", "time"}:
+            assert row[key] == expected[key], key
+        assert row["trainer/step"] == expected["step"]
+    # An evaluation without a token count is placed where training was.
+    assert [row["trainer/tokens_seen"] for row in rows if "eval/news/loss" in row] == [6400, 12800, 19200]
+    assert rows[-1]["data/fingerprint"] == "f00d" and rows[-1]["train/loss"] != rows[-1]["train/loss"]
+    tokens, step_axis = "trainer/tokens_seen", "trainer/step"
+    assert axes(file) == {"train/*": tokens, "eval/*": tokens, "perf/*": step_axis, "memory/*": step_axis}
+    run = run_record(file)
+    assert (run.run_id, run.project, run.display_name, list(run.tags)) == (
+        json.loads((run_dir / "tracking.json").read_text())["wandb"]["run_id"],
+        "unit",
+        "first",
+        ["a"],
+    )
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"] == {"d_model": 8, "tied": True} and config["betas"] == [0.9, 0.98]
+    folder = file.parent.relative_to(tmp_path)
+    assert where == [f"W&B offline run in {folder}; upload with: wandb sync {folder}"]
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+    # Nothing outside the run directory.
+    assert [path for path in Path(os.environ["HOME"]).rglob("*") if path.is_file()] == []
+
+
+def test_a_killed_process_keeps_rows_and_its_successor_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    child = start(tmp_path, 0, 10**6, pause=0.05)
+    assert child.stdout is not None
+    until = time.monotonic() + 3.0
+    times: dict[int, float] = {}
+    while not times or time.monotonic() < until:
+        step = int(child.stdout.readline())
+        if not times:
+            until = time.monotonic() + 3.0
+        times[step] = time.monotonic()
+    child.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    child.wait()
+    (first,) = wandb_files(tmp_path)
+    kept = [row["_step"] for row in history(first)]
+    assert kept == list(range(len(kept)))
+    must_have = [step for step, logged in times.items() if logged < killed - 1.5]
+    assert len(must_have) > 15 and max(must_have) in kept
+    on_disk = [row["step"] for row in read_metrics(tmp_path)]
+    assert on_disk[: len(times)] == list(times)
+
+    again = start(tmp_path, on_disk[-1] - 5, on_disk[-1] + 5)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 0 and errors == ""
+    _, second = wandb_files(tmp_path)
+    assert run_record(first).run_id == run_record(second).run_id
+    resumed = history(second)
+    # Steps are replayed; W&B's own counter still only rises, so it keeps them all.
+    assert [row["trainer/step"] for row in resumed] == list(range(on_disk[-1] - 5, on_disk[-1] + 5))
+    assert [row["_step"] for row in resumed] == list(range(len(on_disk), len(on_disk) + 10))
+    assert {row["trainer/restarts"] for row in resumed} == {1}
+    assert find_tail(second).n_torn_bytes == 0 and find_tail(second).n_records > 10
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_the_helper_dies_or_hangs_the_run_goes_on(tmp_path: Path, how: signal.Signals) -> None:
+    said: list[str] = []
+    sinks = build_sinks(OFFLINE, tmp_path, {}, said.append)
+    log = MetricsLog(tmp_path, sinks, report=said.append)
+    log._feeds[0]._stall_s = 0.5  # Instead of a minute.
+    log._feeds[0]._capacity = 200
+    for step in range(50):
+        log.log("train", step, {"train/loss": 1.0, "trainer/tokens_seen": step})
+    time.sleep(1.5)
+    helper = core_pid()
+    assert helper is not None
+    os.kill(helper, how)
+    slowest, n_rows = 0.0, 50
+    until = time.monotonic() + 15
+    while time.monotonic() < until and not any("goes on" in text for text in said):
+        started = time.perf_counter()
+        log.log("train", n_rows, {"train/loss": 1.0, "trainer/tokens_seen": n_rows})
+        slowest = max(slowest, time.perf_counter() - started)
+        n_rows += 1
+        time.sleep(0.002)
+    assert any("lost its helper process" in text for text in said), said
+    time.sleep(1.0)  # The queue, full while the helper hung, empties.
+    log.log("train", n_rows, {"train/loss": 2.0})
+    assert log.close(timeout=20), said
+    assert slowest < 0.5
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(n_rows + 1))
+    first, second = wandb_files(tmp_path)
+    assert run_record(first).run_id == run_record(second).run_id
+    steps = [row["trainer/step"] for file in (first, second) for row in history(file)]
+    assert set(range(45)) <= set(steps) and n_rows in steps
+    assert len(steps) == len(set(steps))
+
+
+_STUCK_AT_THE_END = """
+import os, signal, sys, time
+from pathlib import Path
+from dist_transformer.config import TrackingConfig, WandbConfig
+from dist_transformer.tracking import MetricsLog, build_sinks
+from dist_transformer.tracking.wandb_sink import core_pid
+run_dir = Path(sys.argv[1])
+log = MetricsLog(run_dir, build_sinks(TrackingConfig(wandb=WandbConfig(mode="offline")), run_dir, {}))
+log.log("train", 1, {"train/loss": 1.0})
+time.sleep(0.5)
+os.kill(core_pid(), signal.SIGSTOP)
+started = time.monotonic()
+print(log.close(timeout=1.0), time.monotonic() - started < 4, flush=True)
+"""
+
+
+def test_a_helper_that_hangs_at_the_end_cannot_keep_the_process_alive(tmp_path: Path) -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-c", _STUCK_AT_THE_END, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "False True\n"), done.stderr
+    assert "did not finish in time" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert time.monotonic() - started < 15
+
+
+def test_no_dashboard_is_opened_where_it_is_switched_off(tmp_path: Path) -> None:
+    assert build_sinks(TrackingConfig(wandb=WandbConfig(mode="disabled")), tmp_path, {}) == []
+    os.environ["WANDB_MODE"] = "disabled"
+    assert build_sinks(TrackingConfig(), tmp_path, {}) == []
+    assert not (tmp_path / "tracking.json").exists()
+    check_tracking(TrackingConfig())
