@@ -60,6 +60,14 @@ class Batch:
     """[B] the lane each row came from."""
     cursors: list[Cursor] = field(default_factory=list)
     """[B] the cursor of its lane after each row."""
+    rows: list[int] = field(default_factory=list)
+    """[B] each row's place in the run's global order of rows, from 0."""
+    n_truncated: int = 0
+    """Pairs that were cut to fit their row."""
+    n_split: int = 0
+    """Documents, counted at their first piece, that were cut into several samples."""
+    n_dropped: int = 0
+    """Samples left out: too long (policy `drop`) or empty."""
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""

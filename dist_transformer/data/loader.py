@@ -1,0 +1,166 @@
+"""Loader workers: each owns the lanes of its residue and sends chunks of rows; the chunks interleave to one order.
+
+Workers are `torch.utils.data.DataLoader` processes started from a fork server. Measured on 2 cores: fork is ready
+in 0.1 s but copies a process that may hold CUDA contexts and the threads of gloo, NCCL and OpenMP, whose locks can be
+taken at that instant; spawn imports torch once for each worker (2 s each); the fork server imports it once for all
+(2 s), is single-threaded, and its children share that memory.
+"""
+
+import multiprocessing
+import resource
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from dist_transformer.data.batch import Cursor
+from dist_transformer.data.lanes import LaneReader, RowPlan
+from dist_transformer.data.rows import PlacedRows, Rows
+from dist_transformer.errors import DataError
+
+_SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """The rows of one data-parallel rank from a point of the run on: plain values, sent to workers."""
+
+    plan: RowPlan
+    n_lanes: int
+    dp_rank: int
+    dp_size: int
+    first_row: int
+    """Rows of the run, over all ranks, that came before."""
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    """Where lanes stand; those not named are at their start."""
+
+    @property
+    def first_local_row(self) -> int:
+        """This rank's first row: it has the rows n with n mod dp_size = dp_rank, and this is the n div dp_size."""
+        return -((self.dp_rank - self.first_row) // self.dp_size)
+
+    def iterate(self, worker: int, n_workers: int) -> Iterator[tuple[int, int, Rows, Cursor]]:
+        """(row number, lane, row, cursor after it) of every n_workers-th row of the rank, forever.
+
+        With n_workers dividing the rank's lanes, a worker meets only the lanes of its residue.
+        """
+        readers: dict[int, LaneReader] = {}
+        local = self.first_local_row + worker
+        while True:
+            number = local * self.dp_size + self.dp_rank
+            lane = number % self.n_lanes
+            if lane not in readers:
+                cursor = self.cursors.get(lane, Cursor())
+                readers[lane] = LaneReader(self.plan, lane, self.n_lanes, cursor)
+            row, cursor = readers[lane].next_row()
+            yield number, lane, row, cursor
+            local += n_workers
+
+    def chunks(self, worker: int, n_workers: int, n_rows: int) -> Iterator[PlacedRows]:
+        """`iterate` in chunks of n_rows."""
+        rows = self.iterate(worker, n_workers)
+        while True:
+            chunk = [next(rows) for _ in range(n_rows)]
+            yield PlacedRows(
+                rows=Rows.concatenate([row for _, _, row, _ in chunk]),
+                numbers=np.array([number for number, _, _, _ in chunk], np.int64),
+                lanes=np.array([lane for _, lane, _, _ in chunk], np.int64),
+                cursors=np.array([(c.epoch, c.shard, c.window, c.row) for _, _, _, c in chunk], np.int64),
+            )
+
+
+class _WorkerRows(IterableDataset[Any]):
+    """What runs in a worker process."""
+
+    def __init__(self, rank_rows: RankRows, n_rows: int) -> None:
+        self._rank_rows, self._n_rows = rank_rows, n_rows
+
+    def __iter__(self) -> Iterator[PlacedRows | DataError]:
+        info = get_worker_info()
+        assert info is not None
+        try:
+            yield from self._rank_rows.chunks(info.id, info.num_workers, self._n_rows)
+        except DataError as error:
+            # Raised here, it would reach the main process wrapped in the text of a traceback.
+            yield DataError(str(error))
+
+
+def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -> Iterator[PlacedRows]:
+    """The rank's rows in order, in chunks.
+
+    Args:
+        rank_rows: Which rows.
+        n_workers: Processes; 0 reads in this one.
+        n_rows: Rows wanted at a time; chunks are at least about as large.
+        prefetch: Multiples of `n_rows` that each worker prepares ahead.
+
+    Raises:
+        DataError: bad data, or a worker that died; the same sentence whichever process met it.
+    """
+    if len(rank_rows.plan.shards) > 200:
+        raise_open_file_limit()
+    if n_workers == 0:
+        yield from rank_rows.chunks(0, 1, n_rows)
+        return
+    start_fork_server()
+    per_worker = -(-n_rows // n_workers)
+    loader: DataLoader[Any] = DataLoader(
+        _WorkerRows(rank_rows, per_worker),
+        batch_size=None,
+        num_workers=n_workers,
+        collate_fn=_as_is,
+        prefetch_factor=prefetch * n_workers,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_prepare_worker,
+    )
+    # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by column.
+    by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
+    chunks = iter(loader)
+    while True:
+        try:
+            turn = [next(chunks) for _ in range(n_workers)]
+        except RuntimeError as error:
+            raise DataError(
+                f"a loader worker died ({str(error).splitlines()[0]}); if the machine ran out of memory, lower "
+                "data.workers or data.window"
+            ) from error
+        for chunk in turn:
+            if isinstance(chunk, DataError):
+                raise chunk
+        yield PlacedRows.concatenate(turn).select(by_turns)
+
+
+def start_fork_server() -> None:
+    """Start the process that workers are forked from, if it does not run yet.
+
+    Schedulers send their signals to every process of a job step, and Ctrl-C to the whole foreground. The main
+    process answers them (it finishes the step and saves), so its workers must live on until it lets them go: the server
+    and its children inherit a mask that blocks these signals. None is lost for the main process: those that arrive meanwhile
+    are delivered after. Workers still end with their parent: the server ends when its pipe closes, and they notice.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker(_: int) -> None:
+    """Another library may have started the fork server before us, without the mask. Threads are set to 1 by torch."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    raise_open_file_limit()
+
+
+def raise_open_file_limit() -> None:
+    """Every lane keeps its shard open: lift the soft limit on open files (often 1024) to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _as_is(chunk: PlacedRows) -> PlacedRows:
+    return chunk

@@ -1,0 +1,171 @@
+"""Rows: packed samples in compact form, as they travel from loader workers, and how they become a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_transformer.data.batch import PAD_ID, Batch, Cursor
+from dist_transformer.data.hashing import Int64, hash_array, mix64
+from dist_transformer.data.objectives import Samples
+from dist_transformer.data.ragged import Tokens, ragged_gather, ragged_indices, starts_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows of N samples without padding: what a worker sends and a window holds."""
+
+    source_tokens: Tokens
+    """Flat, row by row, EOS included."""
+    target_tokens: Tokens
+    """Flat, row by row, EOS included."""
+    source_lengths: Int64
+    """[N]"""
+    target_lengths: Int64
+    """[N]"""
+    n_samples: Int64
+    """[R] samples of each row; 0 for a row of padding."""
+    counts: Int64
+    """[R, 3] samples truncated, documents split, samples dropped; see `COUNTS`."""
+
+    def __len__(self) -> int:
+        return len(self.n_samples)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Rows"]) -> "Rows":
+        """The rows of all parts, one part after the other."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    @classmethod
+    def build(cls, samples: Samples, order: Int64, n_samples: Int64) -> "Rows":
+        """Rows of samples.
+
+        Args:
+            samples: N samples.
+            order: [N] the samples in the order in which rows hold them.
+            n_samples: [R] how many belong to each row.
+        """
+        row = np.repeat(np.arange(len(n_samples)), n_samples)
+        counts = np.zeros((len(n_samples), len(COUNTS)), np.int64)
+        np.add.at(counts, (row, 0), samples.is_truncated[order])
+        np.add.at(counts, (row, 1), samples.is_split[order])
+        return cls(
+            source_tokens=ragged_gather(samples.source_tokens, samples.source_lengths, order),
+            target_tokens=ragged_gather(samples.target_tokens, samples.target_lengths, order),
+            source_lengths=samples.source_lengths[order],
+            target_lengths=samples.target_lengths[order],
+            n_samples=n_samples,
+            counts=counts,
+        )
+
+    def select(self, rows: Int64) -> "Rows":
+        """Some of the rows, or all in another order."""
+        samples = ragged_indices(starts_of(self.n_samples)[rows], self.n_samples[rows])
+        return Rows(
+            source_tokens=ragged_gather(self.source_tokens, self.source_lengths, samples),
+            target_tokens=ragged_gather(self.target_tokens, self.target_lengths, samples),
+            source_lengths=self.source_lengths[samples],
+            target_lengths=self.target_lengths[samples],
+            n_samples=self.n_samples[rows],
+            counts=self.counts[rows],
+        )
+
+
+COUNTS = ("n_truncated", "n_split", "n_dropped")
+"""Columns of `Rows.counts`."""
+
+
+@dataclass(frozen=True)
+class PlacedRows:
+    """Rows together with where they stand in the run."""
+
+    rows: Rows
+    numbers: Int64
+    """[R] place in the global order of rows."""
+    lanes: Int64
+    """[R]"""
+    cursors: Int64
+    """[R, 4] the lane's cursor after the row."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """All rows, one part after the other."""
+        arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "lanes", "cursors"))
+        return cls(Rows.concatenate([p.rows for p in parts]), *arrays)
+
+    def select(self, rows: Int64) -> Self:
+        """Some of the rows, or all in another order."""
+        return type(self)(self.rows.select(rows), self.numbers[rows], self.lanes[rows], self.cursors[rows])
+
+
+def assemble(placed: PlacedRows, max_source_len: int, max_target_len: int) -> Batch:
+    """Padded tensors of rows, with segment ids, positions and the decoder's shifted input."""
+    rows = placed.rows
+    source = _Layout(rows.n_samples, rows.source_lengths, max_source_len)
+    target = _Layout(rows.n_samples, rows.target_lengths, max_target_len)
+    shifted = np.empty_like(rows.target_tokens)
+    shifted[1:] = rows.target_tokens[:-1]
+    shifted[starts_of(rows.target_lengths)] = PAD_ID
+    totals = dict(zip(COUNTS, rows.counts.sum(0).tolist(), strict=True))
+    return Batch(
+        encoder_input_tokens=source.place(rows.source_tokens, np.int64),
+        encoder_segment_ids=source.place(source.segment_ids, np.int32),
+        encoder_positions=source.place(source.positions, np.int32),
+        decoder_input_tokens=target.place(shifted, np.int64),
+        decoder_target_tokens=target.place(rows.target_tokens, np.int64),
+        decoder_segment_ids=target.place(target.segment_ids, np.int32),
+        decoder_positions=target.place(target.positions, np.int32),
+        n_source_tokens=len(rows.source_tokens),
+        n_target_tokens=len(rows.target_tokens),
+        n_pairs=len(rows.source_lengths),
+        lanes=placed.lanes.tolist(),
+        cursors=[Cursor(*cursor) for cursor in placed.cursors.tolist()],
+        rows=placed.numbers.tolist(),
+        **totals,
+    )
+
+
+class _Layout:
+    """Where the tokens of one side go in a padded array."""
+
+    def __init__(self, n_samples: Int64, lengths: Int64, width: int) -> None:
+        self._shape = (len(n_samples), width)
+        row = np.repeat(np.arange(len(n_samples)), n_samples)
+        starts = starts_of(lengths)
+        row_starts = np.append(starts, lengths.sum())[starts_of(n_samples)]
+        self._target = np.repeat(row * width - row_starts[row], lengths) + np.arange(int(lengths.sum()))
+        self.positions = ragged_indices(np.zeros_like(lengths), lengths)
+        self.segment_ids = np.repeat(ragged_indices(np.ones_like(n_samples), n_samples), lengths)
+
+    def place(self, flat: NDArray[np.integer], dtype: type[np.integer]) -> torch.Tensor:
+        """[rows, width] with 0 where there is no token."""
+        padded = np.zeros(self._shape, dtype)
+        padded.reshape(-1)[self._target] = flat
+        return torch.from_numpy(padded)
+
+
+def fingerprint(batch: Batch) -> int:
+    """A hash of a batch that adds up: the sum over ranks and micro-batches identifies a step's global batch.
+
+    Each row gives a 40-bit hash of its number in the run, its tokens and its segments; sums of up to 2^23 rows fit the
+    int64 of an all-reduce. Padded rows at the end of an evaluation count as rows of padding.
+    """
+    total = mix64(np.asarray(batch.rows, np.uint64) + np.uint64(1))
+    for salt, values in enumerate(
+        (
+            batch.encoder_input_tokens,
+            batch.encoder_segment_ids,
+            batch.decoder_target_tokens,
+            batch.decoder_segment_ids,
+        )
+    ):
+        columns = hash_array(salt + 1, np.arange(values.shape[1])) | np.uint64(1)
+        cells = values.cpu().numpy().astype(np.uint64) + np.uint64(1)
+        total = mix64(total ^ (cells * columns).sum(1, dtype=np.uint64))
+    return int((total >> np.uint64(24)).sum())
