@@ -44,12 +44,15 @@ class DecoderLayer(nn.Module):
 
         def attend_to_source(y_BTD: Tensor) -> Tensor:
             if cache is not None:
+                # A source's hypotheses are its queries: cross-attention knows no order among queries, and so
+                # neither are the keys and values copied for each hypothesis nor read once for each.
+                y_BTD = y_BTD.reshape(cache.cross[0].shape[0], -1, y_BTD.shape[-1])
                 keys_values = cache.cross
             else:
                 assert memory_BSD is not None
                 keys_values = self.cross_attention.keys_values(memory_BSD)
             out_BTD: Tensor = self.cross_attention(y_BTD, keys_values, cross_mask)
-            return out_BTD
+            return out_BTD.view_as(x_BTD)
 
         x_BTD = self.self_attention_residual(x_BTD, attend_to_target)
         x_BTD = self.cross_attention_residual(x_BTD, attend_to_source)
@@ -101,7 +104,9 @@ class Decoder(nn.Module):
         keys = torch.arange(start + length, device=x_BTD.device)
         queries = keys[start:]
         bias = None if self.relative_bias is None else self.relative_bias(queries, keys)
-        self_mask = scores_mask((keys[None, :] <= queries[:, None])[None, None], bias)
+        self_mask = bias  # a single new position sees all
+        if length > 1:
+            self_mask = scores_mask((keys[None, :] <= queries[:, None])[None, None], bias)
         rotation = self._rotation(queries[None, :], start + length)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, None, self_mask, cache.cross_mask, rotation, layer_cache)

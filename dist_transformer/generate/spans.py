@@ -1,0 +1,146 @@
+"""Gaps in a text, filled by a model that was pretrained with span corruption."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_transformer.config import GenerateConfig
+from dist_transformer.data.batch import EOS_ID
+from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.errors import DataError
+from dist_transformer.generate.text import OnProgress, search_sources
+from dist_transformer.model import EncoderDecoder
+
+# The space before a gap belongs to the span, as in pretraining: a word's token carries the space before it.
+_GAP = re.compile(r"([ \t]?)(<extra_id_\d+>|<mask>|_{3,})")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text with its gaps filled."""
+
+    plain: str
+    """The text with the spans in place. A gap that the model left out stays as it was written."""
+    marked: str
+    """The same with each span in square brackets."""
+    spans: tuple[str | None, ...]
+    """What stands in each gap, in order, without surrounding blanks; None where the model left it out."""
+    score: float
+    """The output's log-probability in nats / length ** length_penalty."""
+    n_cut: int = 0
+    """Source tokens beyond `max_source_len`, which the model did not see."""
+
+
+def fill_spans(
+    model: EncoderDecoder,
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    max_source_len: int,
+    max_target_len: int,
+    on_progress: OnProgress | None = None,
+) -> list[Filled]:
+    """Fill the gaps of each text, in the order of the texts.
+
+    A gap is written `<extra_id_0>`, `<mask>` or `___` (three underscores or more), in any mixture. Gaps are
+    numbered in the order of the text, as in pretraining, whatever numbers are written. A text without a gap
+    is
+    continued: it gets one at its end. An empty text stays empty. Everything else is text: `</s>` in it is
+        four
+    characters, not a token.
+
+    Args:
+        max_source_len: longest source in tokens, EOS counted; what is beyond is not seen.
+        max_target_len: longest output in tokens, EOS counted, where `config.max_len` is null.
+
+    Raises:
+        DataError: the tokenizer has no sentinels, or a text has more gaps than there are.
+    """
+    if not tokenizer.sentinel_ids:
+        raise DataError("the tokenizer has no <extra_id_N> tokens: only a span-corruption model fills gaps")
+    pieces = [split_at_gaps(text) for text in texts]
+    sources = [encode_gaps(p, tokenizer, line) for line, p in enumerate(pieces, start=1)]
+    filled = [i for i, text in enumerate(texts) if text.strip()]
+    found = search_sources(
+        model,
+        [sources[i] for i in filled],
+        config,
+        n_vocab=tokenizer.vocab_size,
+        max_source_len=max_source_len,
+        max_target_len=max_target_len,
+        on_progress=on_progress,
+    )
+    results = [Filled("", "", (), 0.0)] * len(texts)
+    for i, (best, *_) in zip(filled, found, strict=True):
+        spans = parse_spans(best.tokens, tokenizer)
+        n_cut = max(0, len(sources[i]) + 1 - max_source_len)
+        results[i] = _fill(pieces[i], spans, best.score, n_cut)
+    return results
+
+
+def split_at_gaps(text: str) -> list[str]:
+    """[text, space, gap, text, space, gap, ..., text]; the space before a gap is one blank or empty."""
+    pieces = _GAP.split(text)
+    return pieces if len(pieces) > 1 else [text, "", "", ""]
+
+
+def encode_gaps(pieces: Sequence[str], tokenizer: TextTokenizer, line: int = 1) -> list[int]:
+    """What `split_at_gaps` gave to token ids, with a sentinel for each gap, without EOS.
+
+    Args:
+        line: named in errors.
+    """
+    n_gaps, n_sentinels = len(pieces) // 3, len(tokenizer.sentinel_ids)
+    if n_gaps > n_sentinels:
+        raise DataError(
+            f"line {line} has {n_gaps} gaps, more than the {n_sentinels} sentinels: split the line"
+        )
+    ids: list[int] = []
+    for gap, text in enumerate(pieces[::3]):
+        if gap:
+            ids.append(tokenizer.sentinel_ids[gap - 1])
+        if text:
+            ids += tokenizer.encode(text)
+    return ids
+
+
+def parse_spans(tokens: Sequence[int], tokenizer: TextTokenizer) -> dict[int, str]:
+    """Gap number to text, from "<extra_id_0> a <extra_id_1> b" as token ids.
+
+    Tokens before the first sentinel belong to no gap and are left out; of a repeated sentinel the first
+    counts.
+    """
+    gap_of = {token: gap for gap, token in enumerate(tokenizer.sentinel_ids)}
+    spans: dict[int, list[int]] = {}
+    current: list[int] = []
+    for token in tokens:
+        if token == EOS_ID:
+            break
+        if token in gap_of:
+            current = []
+            spans.setdefault(gap_of[token], current)
+        else:
+            current.append(token)
+    return {gap: tokenizer.decode(span) for gap, span in spans.items()}
+
+
+def _fill(pieces: Sequence[str], spans: dict[int, str], score: float, n_cut: int) -> Filled:
+    plain, marked = [pieces[0]], [pieces[0]]
+    found: list[str | None] = []
+    gaps = zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)
+    for gap, (space, written, after) in enumerate(gaps):
+        span = spans.get(gap)
+        if span is None:
+            plain += [space, written, after]
+            marked += [space, written, after]
+            found.append(None)
+            continue
+        inner = span.strip()
+        # The blank that was written stays, even where the model's span begins without one.
+        before = span[: len(span) - len(span.lstrip())] or space
+        behind = span[len(span.rstrip()) :] if inner else ""
+        plain += [before, inner, behind, after]
+        marked += [before, f"[{inner}]", behind, after]
+        found.append(inner)
+    return Filled("".join(plain), "".join(marked), tuple(found), score, n_cut)
