@@ -167,12 +167,14 @@ class EvaluateConfig(Section):
 
     every: PositiveInt = 1000
     """Steps between evaluations; the last step is always evaluated."""
+    at_start: bool = False
+    """Evaluate the initial weights too, before the first step."""
     batches: PositiveInt | None = 50
     """Global batches of the held-out split that are read; null: all of it."""
     bleu_sentences: NonNegativeInt = 0
     """Held-out pairs that are also translated and scored with BLEU (objective `pairs`); 0: none."""
     samples: NonNegativeInt = 0
-    """Held-out samples whose decoded output is logged."""
+    """Held-out samples whose source, output and reference are written to `RUN_DIR/samples/`."""
 
 
 class WandbConfig(Section):

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from dist_transformer.config import Config
+import yaml
+
+from dist_transformer.config import Config, shipped_files
 from dist_transformer.errors import ConfigError
 
 
@@ -15,29 +17,33 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     train, parallel = config.train, config.parallel
     # DeepSpeed's stage 0 in bf16 cannot accumulate in another precision than the parameters'.
     accumulate_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
-    tree: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps(config, dp_size),
-        # Stage 0 in fp32 has no DeepSpeed optimizer around it: `Engine` clips there itself.
-        "gradient_clipping": 0.0 if is_plain(config) else train.clip,
-        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32" if accumulate_fp32 else None},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31 - 1,
-        "zero_optimization": {"stage": parallel.zero_stage},
-    }
-    zero = tree["zero_optimization"]
-    if parallel.zero_stage:
-        zero.update(overlap_comm=False, contiguous_gradients=True, round_robin_gradients=False)
-    if parallel.zero_stage == 3:
-        zero.update(stage3_gather_16bit_weights_on_model_save=False)
-    if parallel.offload in ("optimizer", "all"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    if parallel.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    tree = _merge(
+        _stage_settings(config),
+        {
+            "train_batch_size": train.global_batch_size,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_accumulation_steps": grad_accum_steps(config, dp_size),
+            # Stage 0 in fp32 has no DeepSpeed optimizer around it: `Engine` clips there itself.
+            "gradient_clipping": 0.0 if is_plain(config) else train.clip,
+            "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32" if accumulate_fp32 else None},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31 - 1,
+        },
+    )
     return _merge(tree, config.deepspeed)
+
+
+def _stage_settings(config: Config) -> dict[str, Any]:
+    """The shipped settings of the ZeRO stage: a file that people can read and override."""
+    parallel = config.parallel
+    name = f"zero_{parallel.zero_stage}_offload" if parallel.offload == "all" else f"zero_{parallel.zero_stage}"
+    tree = yaml.safe_load((shipped_files("configs") / "deepspeed" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(tree, dict)
+    if parallel.offload == "optimizer":
+        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return tree
 
 
 def is_plain(config: Config) -> bool:

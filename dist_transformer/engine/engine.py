@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
+# DeepSpeed calls collectives that newer versions of torch have renamed, and torch says so at every call.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 # On CPU, DeepSpeed would compile a shared-memory collective in C++ for minutes on first use; gloo serves.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -40,8 +40,11 @@ def raise_together(error: Exception | None, mesh: Mesh) -> None:
     """End every rank if one of them failed: without this, the others would wait for it until a timeout.
 
     Raises:
-        Exception: this rank's own error, or the first failing rank's.
+        Exception: this rank's own error, or the first failing rank's; its attribute `on_every_rank` is True,
+            so that one rank alone need print it.
     """
     for failed in gather_objects(error, mesh):
         if failed is not None:
-            raise error if error is not None else failed
+            first = error if error is not None else failed
+            first.on_every_rank = True  # type: ignore[attr-defined]
+            raise first

@@ -89,8 +89,12 @@ def data_parallel_size(world_size: int, tp_degree: int) -> int:
 
 
 @contextmanager
-def open_mesh(tp_degree: int = 1) -> Iterator[Mesh]:
-    """Join the other ranks, and leave them at the end. NCCL where there is a GPU for each rank, else gloo."""
+def open_mesh(tp_degree: int = 1, init_method: str | None = None) -> Iterator[Mesh]:
+    """Join the other ranks, and leave them at the end. NCCL where there is a GPU, else gloo.
+
+    Args:
+        init_method: where ranks meet, such as `file:///path`; default: MASTER_ADDR, or nobody for a single process.
+    """
     rank, world_size, local_rank = world_from_environment()
     dp_size = data_parallel_size(world_size, tp_degree)
     use_cuda = torch.cuda.is_available()
@@ -99,7 +103,9 @@ def open_mesh(tp_degree: int = 1) -> Iterator[Mesh]:
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     options: dict[str, object] = {}
-    if "MASTER_ADDR" not in os.environ:
+    if init_method is not None:
+        options = {"init_method": init_method, "rank": rank, "world_size": world_size}
+    elif "MASTER_ADDR" not in os.environ:
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif "RANK" not in os.environ:
         options = {"rank": rank, "world_size": world_size}

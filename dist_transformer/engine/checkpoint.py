@@ -1,0 +1,275 @@
+"""Checkpoints: written beside, synced, made visible by renaming; `latest` always names a complete one.
+
+RUN_DIR/checkpoints/step-00000100/    DeepSpeed's files, one `rng-*.pt` a rank, `trainer.json`, `files.json`
+RUN_DIR/checkpoints/latest            text: the name of the newest complete one
+"""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist_transformer
+from dist_transformer.config import Config, ModelConfig
+from dist_transformer.engine.engine import Engine
+from dist_transformer.errors import CheckpointError
+from dist_transformer.parallel.collectives import barrier, raise_together
+from dist_transformer.parallel.mesh import Mesh
+
+_FORMAT = 1
+_PARTIAL = ".partial"
+
+
+@dataclass
+class TrainerState:
+    """What the loop must remember besides weights, optimizer and random generators. Plain JSON."""
+
+    step: int = 0
+    """Updates done."""
+    tokens_seen: int = 0
+    """Source and target tokens, without padding, over all ranks."""
+    n_bad_steps: int = 0
+    """Updates skipped for a non-finite loss or gradient, in the whole run."""
+    data: dict[str, Any] | None = None
+    """Lane cursors of all ranks (`data.stream.merge_states`)."""
+    tracking: dict[str, Any] = field(default_factory=dict)
+    """Dashboard ids."""
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Where a run's checkpoints lie."""
+    return run_dir / "checkpoints"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(
+        path
+        for path in checkpoints_dir(run_dir).glob("step-*")
+        if path.suffix != _PARTIAL and (path / "files.json").exists()
+    )
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint, or None where there is none yet.
+
+    Raises:
+        CheckpointError: if `latest` names a checkpoint that is not there.
+    """
+    pointer = checkpoints_dir(run_dir) / "latest"
+    if not pointer.exists():
+        return None
+    path = checkpoints_dir(run_dir) / pointer.read_text(encoding="utf-8").strip()
+    if not path.is_dir():
+        others = [other.name for other in list_checkpoints(run_dir)]
+        hint = f"write one of {', '.join(others)} into it" if others else "remove it to start from step 0"
+        raise CheckpointError(f"{pointer} names {path.name}, which is not there: {hint}")
+    return path
+
+
+def save_checkpoint(engine: Engine, state: TrainerState, keep: int) -> Path:
+    """Write a checkpoint of this step, make it the latest, remove the oldest beyond `keep`. A collective."""
+    config, mesh = engine.config, engine.mesh
+    root = checkpoints_dir(Path(config.run.dir))
+    final = root / f"step-{state.step:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    if mesh.is_rank_zero:
+        for stale in root.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier(mesh)
+    engine.deepspeed.save_checkpoint(str(root), tag=partial.name, save_latest=False)
+    torch.save(_rng_state(mesh), partial / f"rng-{mesh.rank:05d}.pt")
+    barrier(mesh)
+    if mesh.is_rank_zero:
+        _write_json(partial / "trainer.json", {"format": _FORMAT, "state": asdict(state), **_description(config, mesh)})
+        _publish(partial, final, keep)
+    barrier(mesh)
+    return final
+
+
+def read_trainer_state(path: Path) -> TrainerState:
+    """The loop's state in a checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    return TrainerState(**_read_description(path)["state"])
+
+
+def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:
+    """Refuse a checkpoint that is damaged, of another model, or of a layout that cannot be resumed.
+
+    Raises:
+        CheckpointError: one sentence that names the first difference and the fix.
+    """
+    _check_files(path)
+    description = _read_description(path)
+    saved = ModelConfig.model_validate(description["model"])
+    for name in ModelConfig.model_fields:
+        if name in _NOT_SHAPE:
+            continue
+        was, now = getattr(saved, name), getattr(config.model, name)
+        if was != now:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: model.{name} is {was} there and {now} in this configuration; "
+                f"set it back, or start a new run with another run.dir"
+            )
+    layout = _layout(config, mesh)
+    for name, was in description["layout"].items():
+        if was != layout[name]:
+            raise CheckpointError(
+                f"{path} was saved with {name}={was} and this run has {name}={layout[name]}: "
+                f"resume with {name}={was} (resuming in another layout is not built yet)"
+            )
+
+
+def load_checkpoint(engine: Engine, path: Path) -> TrainerState:
+    """Weights, optimizer and this rank's random generators from a checkpoint. A collective; `check_checkpoint` first."""
+    mesh = engine.mesh
+    error: Exception | None = None
+    try:
+        loaded, _ = engine.deepspeed.load_checkpoint(
+            str(path.parent), tag=path.name, load_lr_scheduler_states=False, load_module_strict=True
+        )
+        if loaded is None:
+            error = CheckpointError(f"{path}: DeepSpeed found no model in it")
+        _set_rng_state(torch.load(path / f"rng-{mesh.rank:05d}.pt", weights_only=False))
+    except (RuntimeError, OSError, EOFError, KeyError) as damage:
+        error = CheckpointError(f"{path}: cannot be loaded: {str(damage).splitlines()[0]}")
+    raise_together(error, mesh)
+    return read_trainer_state(path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """All of a checkpoint's weights in float32, by the model's own names, on one process without an engine.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    _check_files(path)
+    stage = _read_description(path)["layout"]["zero_stage"]
+    try:
+        if stage == 0:
+            name = "mp_rank_00_model_states.pt"
+            weights = torch.load(path / name, map_location="cpu", weights_only=False)["module"]
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):
+                weights = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                    str(path.parent), tag=path.name
+                )
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as damage:
+        raise CheckpointError(f"{path}: weights cannot be read: {str(damage).splitlines()[0]}") from None
+    return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+
+
+# Fields of the model that may change between runs of the same weights.
+_NOT_SHAPE = {"preset", "dropout", "attention_dropout", "ffn_dropout", "init", "encoder", "decoder", "pad_vocab_to"}
+
+
+def _layout(config: Config, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "dp_size": mesh.dp_size,
+        "tp_size": mesh.tp_size,
+        "zero_stage": config.parallel.zero_stage,
+        "precision": config.train.precision,
+    }
+
+
+def _description(config: Config, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "layout": _layout(config, mesh),
+        "versions": {
+            "dist_transformer": dist_transformer.__version__,
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'trainer.json'}: cannot be read: {error}") from None
+    if description.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: written in checkpoint format {description.get('format')}, this is {_FORMAT}")
+    assert isinstance(description, dict)
+    return description
+
+
+def _check_files(path: Path) -> None:
+    """Every file is there with the size it was written with."""
+    try:
+        sizes = json.loads((path / "files.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'files.json'}: cannot be read: {error}") from None
+    for name, size in sizes.items():
+        file = path / name
+        actual = file.stat().st_size if file.exists() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+            raise CheckpointError(f"{file} {found}: the checkpoint is damaged; point {path.parent / 'latest'} to another")
+
+
+def _publish(partial: Path, final: Path, keep: int) -> None:
+    """Sync, rename, point `latest` to it, prune. A crash between any two lines leaves a complete checkpoint."""
+    files = [file for file in partial.rglob("*") if file.is_file()]
+    _write_json(partial / "files.json", {str(f.relative_to(partial)): f.stat().st_size for f in sorted(files)})
+    for file in [*files, partial / "files.json"]:
+        _sync(file)
+    _sync(partial)
+    if final.exists():
+        # The same step again, after a resume from an older one: the new one replaces it.
+        shutil.rmtree(final)
+    partial.rename(final)
+    pointer = final.parent / "latest"
+    beside = pointer.with_name("latest.partial-pointer")
+    beside.write_text(final.name + "\n", encoding="utf-8")
+    _sync(beside)
+    beside.replace(pointer)
+    _sync(final.parent)
+    complete = list_checkpoints(final.parent.parent)
+    for old in complete[:-keep]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _rng_state(mesh: Mesh) -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if mesh.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

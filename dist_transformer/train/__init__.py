@@ -1,0 +1,1 @@
+"""The loop, its hooks, evaluation and faults."""

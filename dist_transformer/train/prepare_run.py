@@ -1,0 +1,78 @@
+"""All that can be wrong with a run is found here, before any rank has started to train."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from dist_transformer.config import Config
+from dist_transformer.data.stream import check_data
+from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
+from dist_transformer.engine.deepspeed_config import grad_accum_steps
+from dist_transformer.errors import CheckpointError, ConfigError, UserError
+from dist_transformer.parallel.collectives import raise_together
+from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.tracking import check_tracking
+
+
+def prepare_run(config: Config, mesh: Mesh) -> tuple[Config, TextTokenizer]:
+    """Check data, batch sizes and outputs, and fill in what only the data knows (the vocabulary). A collective.
+
+    Raises:
+        UserError: on every rank, if it fails on any.
+    """
+    error: Exception | None = None
+    prepared: tuple[Config, TextTokenizer] | None = None
+    try:
+        prepared = _prepare(config, mesh.dp_size)
+    except UserError as problem:
+        error = problem
+    raise_together(error, mesh)
+    assert prepared is not None
+    return prepared
+
+
+def _prepare(config: Config, dp_size: int) -> tuple[Config, TextTokenizer]:
+    grad_accum_steps(config, dp_size)
+    check_tracking(config.tracking)
+    summary = check_data(config.data, dp_size=dp_size, workers=config.data.workers)
+    config = with_vocabulary(config, summary.vocab_size)
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {problem.strerror}") from None
+    return config, TextTokenizer.load(summary.tokenizer_path)
+
+
+def with_vocabulary(config: Config, n_tokens: int) -> Config:
+    """The configuration with `model.vocab_size` known.
+
+    Raises:
+        ConfigError: if the model's vocabulary is smaller than the tokenizer's.
+    """
+    given = config.model.vocab_size
+    if given is not None and given < n_tokens:
+        raise ConfigError(
+            f"model.vocab_size={given} is smaller than the tokenizer's {n_tokens} tokens: "
+            f"set it to null, or to {n_tokens} or more"
+        )
+    unit = config.model.pad_vocab_to
+    size = given if given is not None else -(-n_tokens // unit) * unit
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def initial_weights(config: Config) -> dict[str, Tensor] | None:
+    """Weights of `train.init_from`, or None to draw them.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is of another model.
+    """
+    source = config.train.init_from
+    if source is None:
+        return None
+    path = Path(source)
+    checkpoint = path if (path / "trainer.json").exists() else latest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"train.init_from={source}: no checkpoint there")
+    return load_weights(checkpoint)

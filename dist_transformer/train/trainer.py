@@ -1,0 +1,185 @@
+"""The training loop: batches in, updates out, side work in hooks. Resumes by itself where the run has a checkpoint."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dist_transformer.config import Config, dump_config
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.stream import TrainStream, fingerprint, merge_states
+from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.engine.checkpoint import (
+    TrainerState,
+    check_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    read_trainer_state,
+)
+from dist_transformer.engine.deepspeed_config import grad_accum_steps
+from dist_transformer.engine.engine import Engine
+from dist_transformer.parallel.collectives import barrier, gather_objects, sum_over_data_parallel
+from dist_transformer.parallel.mesh import Mesh, open_mesh
+from dist_transformer.tracking import Console, MetricsLog, build_sinks
+from dist_transformer.train.faults import BadSteps, StopSignals
+from dist_transformer.train.hooks import (
+    CheckpointHook,
+    EvaluateHook,
+    Hook,
+    LogHook,
+    Outlets,
+    StepReport,
+    StepTotals,
+)
+from dist_transformer.train.prepare_run import initial_weights, prepare_run
+
+
+def train(config: Config) -> None:
+    """Train as configured, on all ranks of this world; start, or go on from the newest checkpoint.
+
+    Raises:
+        UserError: for everything that a person can mend, on every rank, before the first step where possible.
+    """
+    signals = StopSignals()
+    with open_mesh(config.parallel.tp_degree) as mesh:
+        config, tokenizer = prepare_run(config, mesh)
+        checkpoint = latest_checkpoint(Path(config.run.dir))
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, config, mesh)
+        outlets = _open_outlets(config, mesh, read_trainer_state(checkpoint).step if checkpoint else 0)
+        exit_code = 1
+        try:
+            Trainer(config, mesh, tokenizer, outlets, signals, checkpoint).run()
+            exit_code = 0
+        finally:
+            stopped = signals.received is not None
+            if outlets.console is not None:
+                outlets.console.close()
+            if outlets.log is not None:
+                outlets.log.close(exit_code=143 if stopped and not exit_code else exit_code, preempted=stopped)
+        barrier(mesh)
+
+
+class Trainer:
+    """A run on this rank: engine, stream, state and hooks."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        tokenizer: TextTokenizer,
+        outlets: Outlets,
+        signals: StopSignals,
+        checkpoint: Path | None,
+    ) -> None:
+        self.config, self.mesh, self.outlets, self.signals = config, mesh, outlets, signals
+        self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
+        self.state = TrainerState() if checkpoint is None else load_checkpoint(self.engine, checkpoint)
+        self.bad_steps = BadSteps(config.train.max_bad_steps, self.state.n_bad_steps)
+        self.stream = TrainStream(
+            config.data,
+            seed=config.run.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            micro_batch_size=config.train.micro_batch_size,
+            state=self.state.data,
+        )
+        self.evaluation = (
+            EvaluateHook(config, self.engine, tokenizer, self.state, outlets) if config.data.eval else None
+        )
+        self.hooks: list[Hook] = [
+            LogHook(config, self.engine, self.state, self.bad_steps, outlets),
+            *([self.evaluation] if self.evaluation else []),
+            CheckpointHook(config, self.engine, self.state, outlets),
+        ]
+
+    def run(self) -> None:
+        """All steps that are left."""
+        self._say_hello()
+        if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
+            self.evaluation.run(0)
+        with contextlib.closing(self._global_batches()) as batches:
+            while self.state.step < self.config.train.steps:
+                report = self._step(batches)
+                for hook in self.hooks:
+                    hook.after_step(report)
+                self.bad_steps.check(report.step)
+                if report.is_last and report.step < self.config.train.steps:
+                    self.outlets.message(f"stopped by {self._why()} after step {report.step:,}: saved, resume with the same command")
+                    return
+        self.outlets.message(f"done: {self.config.train.steps:,} steps in {self.config.run.dir}")
+
+    def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
+        step, start = self.state.step + 1, time.perf_counter()
+        micro_batches = next(batches)
+        data_time_s = time.perf_counter() - start
+        totals, stop = self._agree(micro_batches)
+        result = self.engine.train_step(micro_batches, totals.n_target_tokens, step)
+        for batch in micro_batches:
+            self.stream.advance(batch)
+        self.bad_steps.record(result.applied)
+        self.state.step = step
+        self.state.tokens_seen += totals.n_source_tokens + totals.n_target_tokens
+        self.state.n_bad_steps = self.bad_steps.total
+        is_last = stop or step == self.config.train.steps
+        if is_last or step % self.config.checkpoint.every == 0:
+            self.state.data = merge_states(gather_objects(self.stream.state(), self.mesh))
+        return StepReport(step, is_last, totals, result, time.perf_counter() - start, data_time_s)
+
+    def _agree(self, micro_batches: Sequence[Batch]) -> tuple[StepTotals, bool]:
+        """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce a step."""
+        wants_fingerprint = self.config.data.fingerprint
+        hashes = sum(fingerprint(batch) for batch in micro_batches) % 2**64 if wants_fingerprint else 0
+        local = [
+            sum(batch.n_source_tokens for batch in micro_batches),
+            sum(batch.n_target_tokens for batch in micro_batches),
+            sum(batch.n_pairs for batch in micro_batches),
+            sum(batch.n_positions for batch in micro_batches),
+            int(self._stop_requested()),
+            hashes >> 32,
+            hashes & 0xFFFFFFFF,
+        ]
+        values = torch.tensor(local, dtype=torch.int64, device=self.mesh.device)
+        *counts, stop, high, low = sum_over_data_parallel(values, self.mesh).tolist()
+        combined = ((high << 32) + low) % 2**64 if wants_fingerprint else None
+        return StepTotals(*counts, fingerprint=combined), stop > 0
+
+    def _global_batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches, a step's at a time."""
+        n = grad_accum_steps(self.config, self.mesh.dp_size)
+        stream = iter(self.stream)
+        while True:
+            yield [next(stream) for _ in range(n)]
+
+    def _stop_requested(self) -> bool:
+        on_dashboard = self.outlets.log is not None and self.outlets.log.stop_requested
+        return self.signals.received is not None or on_dashboard
+
+    def _why(self) -> str:
+        return self.signals.received or "another rank or the dashboard"
+
+    def _say_hello(self) -> None:
+        config, mesh = self.config, self.mesh
+        self.outlets.message(
+            f"{self.engine.n_parameters / 1e6:,.1f} M parameters, {mesh.world_size} rank(s) on {mesh.device.type}, "
+            f"ZeRO {config.parallel.zero_stage}, {config.train.precision}, "
+            f"{config.train.global_batch_size} rows a step = {mesh.dp_size} x {config.train.micro_batch_size} "
+            f"x {grad_accum_steps(config, mesh.dp_size)} micro-steps"
+        )
+        if self.state.step:
+            self.outlets.message(f"resuming after step {self.state.step:,} of {config.train.steps:,}")
+
+
+def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
+    if not mesh.is_rank_zero:
+        return Outlets()
+    run_dir = Path(config.run.dir)
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    console = Console(config.train.steps, start_step)
+    sinks = build_sinks(config.tracking, run_dir, config.model_dump(mode="json"), console.message)
+    log = MetricsLog(run_dir, sinks, console.message)
+    for line in log.where():
+        console.message(line)
+    return Outlets(log, console)
