@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from dist_transformer.config import Config
-from dist_transformer.data.stream import eval_batches, held_out_texts
+from dist_transformer.data.batch import EOS_ID
+from dist_transformer.data.held_out import eval_batches, held_out_texts
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.engine import Engine
-from dist_transformer.generate.text import generate_texts
+from dist_transformer.generate.text import search_sources
 from dist_transformer.parallel.collectives import gather_objects, sum_over_data_parallel
 
 
@@ -92,21 +93,56 @@ def _loss(engine: Engine, config: Config) -> dict[str, float]:
 
 def _decode(engine: Engine, config: Config, tokenizer: TextTokenizer, n_sentences: int) -> list[Sample]:
     """Decode the first held-out samples, shared out over data-parallel ranks."""
-    mesh = engine.mesh
-    pairs = held_out_texts(config.data, n_sentences, seed=config.run.seed)
-    mine = pairs[mesh.dp_rank :: mesh.dp_size]
+    mesh, is_pairs = engine.mesh, config.data.objective == "pairs"
+    examples = _held_out_pairs(config, tokenizer, n_sentences) if is_pairs else _corrupted(config, n_sentences)
+    mine = [example.source_ids for example in examples[mesh.dp_rank :: mesh.dp_size]]
     with engine.whole_model() as model:
-        outputs = generate_texts(
+        found = search_sources(
             model,
-            tokenizer,
-            [source for source, _ in mine],
+            mine,
             config.generate,
+            n_vocab=tokenizer.vocab_size,
             max_source_len=config.data.max_source_len,
             max_target_len=config.data.max_target_len,
         )
-    gathered = gather_objects([output.text for output in outputs], mesh)
-    samples = []
-    for index, (source, reference) in enumerate(pairs):
-        owner = (index % mesh.dp_size) * mesh.tp_size
-        samples.append(Sample(source, gathered[owner][index // mesh.dp_size], reference))
-    return samples
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, keep_sentinels=not is_pairs)
+
+    gathered = gather_objects([decode(hypotheses[0].tokens) for hypotheses in found], mesh)
+    outputs = [gathered[(i % mesh.dp_size) * mesh.tp_size][i // mesh.dp_size] for i in range(len(examples))]
+    return [
+        Sample(example.source or decode(example.source_ids), output, example.target or decode(example.target_ids))
+        for example, output in zip(examples, outputs, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Example:
+    """What is decoded: ids without EOS, and the texts where they are known."""
+
+    source_ids: list[int]
+    target_ids: list[int]
+    source: str = ""
+    target: str = ""
+
+
+def _held_out_pairs(config: Config, tokenizer: TextTokenizer, limit: int) -> list[_Example]:
+    pairs = held_out_texts(config.data, limit)
+    sources = tokenizer.encode_batch([source for source, _ in pairs])
+    return [_Example(ids, [], source, target) for ids, (source, target) in zip(sources, pairs, strict=True)]
+
+
+def _corrupted(config: Config, limit: int) -> list[_Example]:
+    """The first sample of each of the first held-out rows, corrupted as it is for the loss."""
+    batches = eval_batches(
+        config.data, seed=config.run.seed, dp_rank=0, dp_size=1, micro_batch_size=limit, max_rows=limit
+    )
+    batch = next(iter(batches))
+    examples = []
+    for row in range(limit):
+        source = batch.encoder_input_tokens[row][batch.encoder_segment_ids[row] == 1].tolist()
+        target = batch.decoder_target_tokens[row][batch.decoder_segment_ids[row] == 1].tolist()
+        if source:
+            examples.append(_Example([i for i in source if i != EOS_ID], [i for i in target if i != EOS_ID]))
+    return examples

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dist_transformer.config import Config
-from dist_transformer.data.stream import check_data
+from dist_transformer.data.check import check_data
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
 from dist_transformer.engine.deepspeed_config import grad_accum_steps

@@ -138,7 +138,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_terminal(columns: list[int]) -> tuple[str, int]:
-    """Run the child on a pseudo-terminal that is resized in the middle; its output and where the resize was."""
+    """Run the child on a pseudo-terminal that is resized midway; its output and where that was."""
     master, slave = pty.openpty()
 
     def resize(width: int) -> None:

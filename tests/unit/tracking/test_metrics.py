@@ -189,7 +189,8 @@ def test_a_full_disk_is_said_once_counted_and_leaves_whole_lines(tmp_path: Path)
     lost, n_said, first, second = done.stdout.splitlines()
     rows = strict_rows(tmp_path / "metrics.jsonl")
     assert 0 < int(lost) < 100 and len(rows) == 120 - int(lost)
-    assert [row["step"] for row in rows] == [*range(100 - int(lost)), *range(100, 120)]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)) and steps[-20:] == list(range(100, 120))
     assert int(n_said) == 2 and "File too large" in first and f"{lost} rows are missing" in second
 
 

@@ -126,13 +126,18 @@ def test_the_stop_button_is_passed_on(
 ) -> None:
     from wandb.sdk.lib.run_stopping import RunStopChecker
 
+    # wandb looks every 15 s; a test need not wait for that.
     monkeypatch.setitem(RunStopChecker.__init__.__kwdefaults__, "poll_interval", 0.2)
+    os.environ["WANDB__FILE_STREAM_TRANSMIT_INTERVAL"] = "0.2"
     log = MetricsLog(tmp_path, build_sinks(AUTO, tmp_path, {}))
     log.log("train", 0, {"train/loss": 1.0})
     assert not log.stop_requested
     server.state.stop = True
     until = time.monotonic() + 40
+    step = 0
     while not log.stop_requested and time.monotonic() < until:
+        step += 1
+        log.log("train", step, {"train/loss": 1.0})
         time.sleep(0.1)
     assert log.stop_requested
     assert log.close(timeout=30)
