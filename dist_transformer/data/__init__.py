@@ -1,1 +1,3 @@
-"""Shards to batches: preparation, order, objectives, packing, streaming. Knows `dp_rank, dp_size` as ints only."""
+"""Shards to batches: preparation, order, objectives, packing, streaming. Knows `dp_rank, dp_size` as ints
+only.
+"""

@@ -1,7 +1,7 @@
 """The batch: rows of packed samples, what is counted about them, and the cursors that travel with them."""
 
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -71,11 +71,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in fields(self)
-        }
-        return type(self)(**moved)
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
     @property
     def n_positions(self) -> int:

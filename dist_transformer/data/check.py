@@ -47,9 +47,9 @@ def check_data(data: DataConfig, *, dp_size: int, workers: int) -> DataSummary:
         workers: Loader processes per rank.
 
     Raises:
-        DataError: folders missing, empty or half-written, a tokenizer that is not the shards', an objective that does not fit
-            them, ranks and workers that the lanes do not divide into, or train and eval folders that do not
-            belong together.
+        DataError: folders missing, empty or half-written, a tokenizer that is not the shards', an objective
+            that does not fit them, ranks and workers that the lanes do not divide into, or train and eval
+            folders that do not belong together.
     """
     manifest = load_manifest(data.train)
     if not manifest.train:
@@ -85,7 +85,8 @@ def _check_tokenizer(manifest: Manifest) -> None:
     tokenizer = TextTokenizer.load(manifest.tokenizer_path)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise DataError(
-            f"the tokenizer does not match the shards: {manifest.tokenizer_path} has {tokenizer.vocab_size} ids, the "
+            f"the tokenizer does not match the shards: {manifest.tokenizer_path} has "
+            f"{tokenizer.vocab_size} ids, the "
             f"manifest says {manifest.vocab_size}: prepare again with --overwrite"
         )
 

@@ -72,7 +72,8 @@ def scan(source: Input) -> Scan:
     """Read an input once: check its encoding and alignment, and cut it into segments.
 
     Raises:
-        DataError: a file cannot be read, is not UTF-8 (policy `error`), or two sides have different numbers of lines.
+        DataError: a file cannot be read, is not UTF-8 (policy `error`), or two sides have different numbers
+            of lines.
     """
     segments: list[Segment] = []
     begin: _Raw | None = None
@@ -126,7 +127,9 @@ def _iterate_raw(source: Input, offsets: tuple[int, ...], first_line: int) -> It
                 split = _iterate_lines if source.unit == "line" else _iterate_paragraphs
                 yield from split(files[0], offsets[0], first_line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{' or '.join(source.files)} is a damaged gzip file ({error}): copy it again") from error
+            raise DataError(
+                f"{' or '.join(source.files)} is a damaged gzip file ({error}): copy it again"
+            ) from error
         except OSError as error:
             name = error.filename or " or ".join(source.files)
             raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
@@ -160,14 +163,17 @@ def _iterate_paragraphs(file: BinaryIO, offset: int, line: int) -> Iterator[_Raw
         yield _Raw((begin_offset,), begin_line, (b"".join(held),))
 
 
-def _iterate_pairs(source: Input, files: list[BinaryIO], offsets: tuple[int, ...], line: int) -> Iterator[_Raw]:
+def _iterate_pairs(
+    source: Input, files: list[BinaryIO], offsets: tuple[int, ...], line: int
+) -> Iterator[_Raw]:
     for number, (left, right) in enumerate(zip_longest(*files), line):
         if left is None or right is None:
             longer = files[0] if right is None else files[1]
             n_more = number + sum(1 for _ in longer)
             counts = (n_more, number - 1) if right is None else (number - 1, n_more)
             raise DataError(
-                f"{source.files[0]} has {counts[0]} lines but {source.files[1]} has {counts[1]}: line i of one must belong to "
+                f"{source.files[0]} has {counts[0]} lines but {source.files[1]} has {counts[1]}: line i of "
+                "one must belong to "
                 "line i of the other"
             )
         yield _Raw(offsets, number, (left, right))
@@ -187,7 +193,8 @@ def _decode(source: Input, raw: _Raw) -> tuple[str, ...] | None:
             line = raw.line + content.count(b"\n", 0, error.start)
             raise DataError(
                 f"{source.files[side]}, line {line}, byte {offset + error.start}: not UTF-8 (byte "
-                f"0x{content[error.start]:02x}): convert the file to UTF-8, or ask for bad bytes to be replaced"
+                f"0x{content[error.start]:02x}): convert the file to UTF-8, or ask for bad bytes to be "
+                "replaced"
             ) from error
         text = text.replace("\r\n", "\n").rstrip("\r\n")
         if not text.strip():

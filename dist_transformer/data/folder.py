@@ -62,8 +62,9 @@ class Recipe:
 def claim_folder(out: Path, description: dict[str, Any], overwrite: bool) -> None:
     """Make the folder ready for this preparation, or refuse.
 
-    A new or empty folder is taken; one half-written by the same description is continued; a complete one, or one begun with
-    something else, is refused unless `overwrite`; one that holds other things is always refused.
+    A new or empty folder is taken; one half-written by the same description is continued; a complete one, or
+    one begun with something else, is refused unless `overwrite`; one that holds other things is always
+    refused.
 
     Raises:
         DataError: refused; the sentence says how to go on.
@@ -81,7 +82,8 @@ def claim_folder(out: Path, description: dict[str, Any], overwrite: bool) -> Non
         if _read(begun) == description:
             return
         raise DataError(
-            f"{out} was begun with {_difference(_read(begun), description)}: run that command again to finish it, or start "
+            f"{out} was begun with {_difference(_read(begun), description)}: run that command again to "
+            "finish it, or start "
             "over with --overwrite"
         )
     try:

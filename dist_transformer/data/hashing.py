@@ -50,8 +50,8 @@ def permutation(n: int, *values: int) -> Int64:
 class Shuffle:
     """A bijection of `range(n)` computed element by element, so that no list of n numbers is held.
 
-    A four-round Feistel network over the smallest even number of bits that holds n, with cycle walking: values
-    outside the range are encrypted again until they fall inside (fewer than 4 times on average).
+    A four-round Feistel network over the smallest even number of bits that holds n, with cycle walking:
+    values outside the range are encrypted again until they fall inside (fewer than 4 times on average).
     """
 
     def __init__(self, n: int, *values: int) -> None:

@@ -20,7 +20,8 @@ def load_held_out(data: DataConfig) -> tuple[Manifest, Literal["train", "eval"]]
     """The folder of `data.eval` and the split to read: `eval`, or `train` where the folder has no other.
 
     Raises:
-        DataError: no folder is configured or it cannot be read, or it is the training folder without an eval split.
+        DataError: no folder is configured or it cannot be read, or it is the training folder without an eval
+            split.
     """
     if data.eval is None:
         raise DataError("data.eval is not set: name a folder of shards to evaluate on")
@@ -29,19 +30,26 @@ def load_held_out(data: DataConfig) -> tuple[Manifest, Literal["train", "eval"]]
         return manifest, "eval"
     if manifest.root.resolve() == load_manifest(data.train).root.resolve():
         raise DataError(
-            f"{data.eval} has no held-out split: prepare it with --held-out N, name another folder in data.eval, or set "
+            f"{data.eval} has no held-out split: prepare it with --held-out N, name another folder in "
+            "data.eval, or set "
             "data.eval=null"
         )
     return manifest, "train"
 
 
 def eval_batches(
-    data: DataConfig, *, seed: int, dp_rank: int, dp_size: int, micro_batch_size: int, max_rows: int | None = None
+    data: DataConfig,
+    *,
+    seed: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    max_rows: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of the held-out split, read once, with the same noise every time.
 
-    Row r goes to rank r mod dp_size. All ranks get the same number of batches; those at the end are filled with empty
-    rows: PAD everywhere, segment 0, no target token.
+    Row r goes to rank r mod dp_size. All ranks get the same number of batches; those at the end are filled
+    with empty rows: PAD everywhere, segment 0, no target token.
 
     Args:
         data: The configuration's `data` section.

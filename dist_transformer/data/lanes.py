@@ -1,7 +1,7 @@
 """Lanes at work: a window of a shard becomes rows, and a lane delivers rows from any cursor on."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class RowPlan:
         return count_windows(self.shards[shard].n_samples, self.window)
 
     def build_rows(self, raw: RawWindow, epoch: int, shard: int) -> tuple[Rows, int]:
-        """The rows of a window, in the order in which they are trained on, and the samples that were dropped."""
+        """The rows of a window in the order of training, and how many samples were dropped."""
         samples = self._build_samples(raw, epoch, shard)
         return self._order_rows(samples, epoch, shard, raw.first // self.window), samples.n_dropped
 
@@ -96,19 +96,27 @@ class RowPlan:
         return self.objective(source, source_lengths, target, target_lengths, path)
 
     def order_options(self) -> dict[str, Any]:
-        """What besides the shards decides the rows; a resume with other values would not continue this run."""
-        options = {"seed": self.seed, "window": self.window, "shuffle": self.shuffle, "packing": self.packing}
+        """What besides the shards decides the rows: a resume must find the same values."""
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "window": self.window,
+            "shuffle": self.shuffle,
+            "packing": self.packing,
+        }
         objective = asdict(self.objective)
         objective.pop("sentinel_ids", None)
         return options | {"objective": type(self.objective).__name__} | objective
 
 
-def _build_objective(data: DataConfig, manifest: Manifest, tokenizer: TextTokenizer) -> SpanCorruption | Pairs:
+def _build_objective(
+    data: DataConfig, manifest: Manifest, tokenizer: TextTokenizer
+) -> SpanCorruption | Pairs:
     wanted = "pairs" if data.objective == "pairs" else "text"
     if manifest.kind != wanted:
         fitting = "pairs" if manifest.kind == "pairs" else "span_corruption"
         raise DataError(
-            f"data.objective={data.objective} needs {wanted} shards, {manifest.root} holds {manifest.kind}: set "
+            f"data.objective={data.objective} needs {wanted} shards, {manifest.root} holds "
+            f"{manifest.kind}: set "
             f"data.objective={fitting} or prepare with `dist-transformer prepare {wanted}`"
         )
     if data.objective == "pairs":
@@ -128,9 +136,9 @@ def _build_objective(data: DataConfig, manifest: Manifest, tokenizer: TextTokeni
 class LaneReader:
     """One lane: its rows in order, from a cursor on, forever.
 
-    It holds the window that is being delivered, and builds the next one at a point of its progress that differs from
-    lane to lane: built only when the last row is gone, the windows of all lanes would fall due at the same time,
-    and the run would wait for all of them at once.
+    It holds the window that is being delivered, and builds the next one at a point of its progress that
+    differs from lane to lane: built only when the last row is gone, the windows of all lanes would fall due
+    at the same time, and the run would wait for all of them at once.
     """
 
     def __init__(self, plan: RowPlan, lane: int, n_lanes: int, cursor: Cursor) -> None:
@@ -141,11 +149,9 @@ class LaneReader:
         self._reader_place = (-1, -1)
         self._ahead_at = 0.25 + 0.75 * (lane + 1) / n_lanes
         self._ahead: tuple[Cursor, Rows] | None = None
-        self._cursor, self._rows = self._build_from(Cursor(cursor.epoch, cursor.shard, cursor.window))
-        if (self._cursor.epoch, self._cursor.shard, self._cursor.window) == (cursor.epoch, cursor.shard, cursor.window):
-            self._next = cursor.row
-        else:
-            self._next = 0
+        place = replace(cursor, row=0)
+        self._cursor, self._rows = self._build_from(place)
+        self._next = cursor.row if self._cursor == place else 0
         self._locate()
 
     def next_row(self) -> tuple[Rows, Cursor]:
@@ -159,8 +165,7 @@ class LaneReader:
         if self._ahead is None and self._next >= math.ceil(len(self._rows) * self._ahead_at):
             self._ahead = self._build_from(self._following(self._cursor))
         if self._next < len(self._rows):
-            place = self._cursor
-            return row, Cursor(place.epoch, place.shard, place.window, self._next)
+            return row, replace(self._cursor, row=self._next)
         return row, self._following(self._cursor)
 
     def _slice(self, i: int) -> Rows:
@@ -190,7 +195,9 @@ class LaneReader:
         while place.epoch < first_epoch + 2:
             shard = self._epoch_shards(place.epoch)[place.shard]
             if place.window < self.plan.count_windows(shard):
-                rows, newly_dropped = self.plan.build_rows(self._read_window(place, shard), place.epoch, shard)
+                rows, newly_dropped = self.plan.build_rows(
+                    self._read_window(place, shard), place.epoch, shard
+                )
                 n_dropped += newly_dropped
                 if len(rows):
                     rows.counts[0, COUNTS.index("n_dropped")] = n_dropped
@@ -203,7 +210,11 @@ class LaneReader:
 
     def _read_window(self, place: Cursor, shard: int) -> RawWindow:
         begin = place.window * self.plan.window
-        if self._reader is None or self._reader_place != (place.epoch, place.shard) or self._reader.position != begin:
+        if (
+            self._reader is None
+            or self._reader_place != (place.epoch, place.shard)
+            or self._reader.position != begin
+        ):
             if self._reader is not None:
                 self._reader.close()
             self._reader, self._reader_place = self.plan.open_shard(shard), (place.epoch, place.shard)
@@ -211,7 +222,9 @@ class LaneReader:
         return self._reader.read(self.plan.window)
 
     def _following(self, place: Cursor) -> Cursor:
-        """The cursor at the start of the window after this one: the next shard's, the next epoch's at the end."""
+        """The cursor at the start of the window after this one: the next shard's, the next epoch's at the
+        end.
+        """
         shards = self._epoch_shards(place.epoch)
         if place.window + 1 < self.plan.count_windows(shards[place.shard]):
             return Cursor(place.epoch, place.shard, place.window + 1)

@@ -16,7 +16,7 @@ PREPARATION_NAME = "prepare.json"
 FORMAT = 1
 
 Kind = Literal["text", "pairs"]
-DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+DTYPES: dict[str, "np.dtype[np.unsignedinteger[Any]]"] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 """Token types of shards: little-endian whatever the machine."""
 
 
@@ -107,7 +107,9 @@ def load_manifest(folder: str | Path) -> Manifest:
         DataError: the folder, its manifest, a shard or the tokenizer is missing or does not fit the others.
     """
     if "://" in str(folder) or str(folder).startswith("pipe:"):
-        raise DataError(f"{folder}: shards are read from local folders only; copy them to a local or shared disk")
+        raise DataError(
+            f"{folder}: shards are read from local folders only; copy them to a local or shared disk"
+        )
     root = Path(folder)
     if not root.is_dir():
         found = "is a file, not a folder" if root.exists() else "does not exist"
@@ -116,9 +118,12 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         if (root / PREPARATION_NAME).exists():
             raise DataError(
-                f"{root} is half-written (no {MANIFEST_NAME} yet): run the same `dist-transformer prepare` command again to finish it"
+                f"{root} is half-written (no {MANIFEST_NAME} yet): run the same `dist-transformer prepare` "
+                "command again to finish it"
             )
-        raise DataError(f"{root} has no {MANIFEST_NAME}: prepare it with `dist-transformer prepare ... --out {root}`")
+        raise DataError(
+            f"{root} has no {MANIFEST_NAME}: prepare it with `dist-transformer prepare ... --out {root}`"
+        )
     manifest = _parse(root, path)
     if not manifest.train and not manifest.eval:
         raise DataError(f"{path} lists no shards: prepare the folder again with --overwrite")
@@ -133,7 +138,8 @@ def _parse(root: Path, path: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise DataError(
-                f"{path} has format {content.get('format')}, this version reads {FORMAT}: prepare the folder again with --overwrite"
+                f"{path} has format {content.get('format')}, this version reads {FORMAT}: prepare the "
+                "folder again with --overwrite"
             )
         splits = {
             split: tuple(ShardInfo(**shard) for shard in content["splits"].get(split, ()))
@@ -161,16 +167,22 @@ def _parse(root: Path, path: Path) -> Manifest:
 def _check_shard(root: Path, shard: ShardInfo) -> None:
     name = shard.file
     if "/" in name or "\\" in name or ":" in name or name.startswith("."):
-        raise DataError(f"{root / MANIFEST_NAME} lists shard {name!r}: only plain file names of the same folder are read")
+        raise DataError(
+            f"{root / MANIFEST_NAME} lists shard {name!r}: only plain file names of the same folder are read"
+        )
     path = root / name
     if not path.is_file():
-        raise DataError(f"shard {path} is listed in {MANIFEST_NAME} but missing: copy it again or prepare with --overwrite")
+        raise DataError(
+            f"shard {path} is listed in {MANIFEST_NAME} but missing: copy it again or prepare with "
+            "--overwrite"
+        )
     size = path.stat().st_size
     if size == 0 or shard.n_samples < 1:
         raise DataError(f"shard {path} is empty: copy it again or prepare with --overwrite")
     if size != shard.bytes:
         raise DataError(
-            f"shard {path} has {size} bytes, {MANIFEST_NAME} says {shard.bytes}: copy it again or prepare with --overwrite"
+            f"shard {path} has {size} bytes, {MANIFEST_NAME} says {shard.bytes}: copy it again or prepare "
+            "with --overwrite"
         )
 
 

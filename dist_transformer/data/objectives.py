@@ -44,15 +44,15 @@ class Samples:
 class SpanCorruption:
     """T5's span corruption (Raffel et al. 2020, section 3.1.4; `random_spans_noise_mask` of its code).
 
-    A document of n tokens loses round(n * density) tokens in round(lost / mean_span) spans; both the lost and the
-    kept tokens are cut at random into that many parts, and a kept part comes first. The source has a sentinel for each
-    span, the target is sentinel, span, sentinel, span, ..., EOS. There is no last sentinel before EOS: the
-    paper's figure 2 shows one, but T5's code (`nonnoise_span_to_unique_sentinel`) and Hugging Face's
-    `FlaxDataCollatorForT5MLM` write none, because a document always ends in a lost span.
+    A document of n tokens loses round(n * density) tokens in round(lost / mean_span) spans; both the lost and
+    the kept tokens are cut at random into that many parts, and a kept part comes first. The source has a
+    sentinel for each span, the target is sentinel, span, sentinel, span, ..., EOS. There is no last sentinel
+    before EOS: the paper's figure 2 shows one, but T5's code (`nonnoise_span_to_unique_sentinel`) and Hugging
+    Face's `FlaxDataCollatorForT5MLM` write none, because a document always ends in a lost span.
 
     Documents whose corrupted form exceeds a row are cut first into pieces of the longest length that fits
-    (T5's `random_spans_helper`), which also keeps the number of spans within the sentinels. A document of one token
-    becomes a source of just the sentinel and a target of sentinel and token; an empty one is dropped.
+    (T5's `random_spans_helper`), which also keeps the number of spans within the sentinels. A document of one
+    token becomes a source of just the sentinel and a target of sentinel and token; an empty one is dropped.
     """
 
     density: float
@@ -80,8 +80,10 @@ class SpanCorruption:
         longest = len(lengths) if fits.all() else int(np.argmin(fits))
         if longest < 2:
             raise DataError(
-                f"span corruption does not fit rows of {self.max_source_len} source and {self.max_target_len} target "
-                f"tokens with {len(self.sentinel_ids)} sentinels: use a tokenizer with <extra_id_N> tokens and at "
+                f"span corruption does not fit rows of {self.max_source_len} source and "
+                f"{self.max_target_len} target "
+                f"tokens with {len(self.sentinel_ids)} sentinels: use a tokenizer with <extra_id_N> tokens "
+                "and at "
                 "least data.max_source_len=3 and data.max_target_len=3"
             )
         return longest
@@ -109,17 +111,19 @@ class SpanCorruption:
             end = int(starts[chunk][-1] + piece_lengths[chunk][-1])
             parts.append(self._corrupt(tokens[starts[i] : end], piece_lengths[chunk], keys[chunk]))
         empty = (tokens[:0], np.zeros(0, np.int64), tokens[:0], np.zeros(0, np.int64))
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else empty
-        return Samples(*columns, np.zeros(len(keys), np.bool_), is_split, int(len(lengths) - filled.sum()))
+        columns = tuple(map(np.concatenate, zip(*parts, strict=True))) if parts else empty
+        source, source_lengths, target, target_lengths = columns
+        n_dropped, is_truncated = int(len(lengths) - filled.sum()), np.zeros(len(keys), np.bool_)
+        return Samples(source, source_lengths, target, target_lengths, is_truncated, is_split, n_dropped)
 
     def _corrupt(self, tokens: Tokens, lengths: Int64, keys: UInt64) -> tuple[Tokens, Int64, Tokens, Int64]:
         """Sources and targets of P pieces that lie one after the other in `tokens`."""
         n_noise, n_spans, n_kept = self.plan(lengths)
         noise = _random_segments(n_noise, n_spans, hash_array(keys, 1))
         kept = _random_segments(n_kept, n_spans, hash_array(keys, 2))
-        # In each piece kept and lost spans alternate, so with spans counted over the whole window the flat input is
-        # kept[0], noise[0], kept[1], noise[1], ... and each output is the input's tokens moved up by the sentinels
-        # and EOS written before them.
+        # In each piece kept and lost spans alternate, so with spans counted over the whole window the flat
+        # input is kept[0], noise[0], kept[1], noise[1], ... and each output is the input's tokens moved up by
+        # the sentinels and EOS written before them.
         piece = np.repeat(np.arange(len(lengths)), n_spans)
         span = np.arange(len(piece))
         is_noise = np.repeat(np.tile([False, True], len(piece)), np.stack([kept, noise], 1).ravel())
@@ -135,7 +139,8 @@ class SpanCorruption:
 
 
 def _random_segments(n_items: Int64, n_segments: Int64, keys: UInt64) -> Int64:
-    """Cut each n_items into n_segments parts of at least 1, uniformly over all cuts (T5's `_random_segmentation`).
+    """Cut each n_items into n_segments parts of at least 1, uniformly over all cuts (T5's
+    `_random_segmentation`).
 
     Returns:
         The parts' lengths, flat: n_segments[0] of them, then n_segments[1], ...
@@ -190,8 +195,10 @@ class Pairs:
             if self.too_long == "error":
                 i = int(np.argmax(too_long))
                 raise DataError(
-                    f"{shard}: a pair of {source_lengths[i]} source and {target_lengths[i]} target tokens (and EOS) "
-                    f"exceeds rows of {self.max_source_len} and {self.max_target_len}: raise data.max_source_len or "
+                    f"{shard}: a pair of {source_lengths[i]} source and {target_lengths[i]} target tokens "
+                    "(and EOS) "
+                    f"exceeds rows of {self.max_source_len} and {self.max_target_len}: raise "
+                    "data.max_source_len or "
                     "data.max_target_len, or set data.too_long to truncate or drop"
                 )
             if self.too_long == "drop":

@@ -1,7 +1,7 @@
 """The order of a run: lanes, and which shard each lane reads when. Pure functions of small integers.
 
-A run's rows come from L lanes in turn: row n is the next row of lane n mod L. L depends on the shards alone, so
-the order of rows is the same for every number of ranks and loader workers that divides L.
+A run's rows come from L lanes in turn: row n is the next row of lane n mod L. L depends on the shards alone,
+so the order of rows is the same for every number of ranks and loader workers that divides L.
 """
 
 from dist_transformer.data.hashing import hash_key, permutation
@@ -15,16 +15,16 @@ LANE_COUNTS = (
 )
 """Numbers with many divisors, and among them powers of two, which is what clusters are made of.
 
-Strictly highly composite numbers (.., 840, 1680, 2520, 5040) would serve any run of up to 10 ranks, but none of them is
-a multiple of 32, so that 64 GPUs could not divide them.
+Strictly highly composite numbers (.., 840, 1680, 2520, 5040) would serve any run of up to 10 ranks, but none
+of them is a multiple of 32, so that 64 GPUs could not divide them.
 """
 
 
 def count_lanes(n_shards: int) -> int:
     """Number of lanes for so many shards: as many as shards where that number divides well, else fewer.
 
-    "Well" means divisible by 4 and without a prime factor above 13; other counts (403 shards) take the next lower
-    entry of `LANE_COUNTS` and lanes get one shard more or less than each other.
+    "Well" means divisible by 4 and without a prime factor above 13; other counts (403 shards) take the next
+    lower entry of `LANE_COUNTS` and lanes get one shard more or less than each other.
     """
     if n_shards % 4 == 0 and _is_smooth(n_shards):
         return n_shards
@@ -60,7 +60,8 @@ def check_lanes(n_shards: int, dp_size: int, workers: int) -> int:
         with_workers = next(w for w in range(per_rank, 0, -1) if n_lanes % (ranks * w) == 0)
         fixes.append(f"use {_plural(ranks, 'rank')} x {_plural(with_workers, 'worker')}")
     raise DataError(
-        f"{_plural(dp_size, 'rank')} x {_plural(per_rank, 'worker')} need a multiple of {needed} lanes; these "
+        f"{_plural(dp_size, 'rank')} x {_plural(per_rank, 'worker')} need a multiple of {needed} lanes; "
+        "these "
         f"{_plural(n_shards, 'shard')} give {n_lanes}: {' or '.join(fixes)}"
     )
 
@@ -70,7 +71,9 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _shards_for(needed: int, at_least: int) -> int:
-    """The smallest number of shards, not below the present one, whose lanes are a multiple of `needed`; 0: none."""
+    """The smallest number of shards, not below the present one, whose lanes are a multiple of `needed`; 0:
+    none.
+    """
     first = max(1, -(-at_least // needed)) * needed
     return next((n for n in range(first, first + 64 * needed, needed) if count_lanes(n) % needed == 0), 0)
 

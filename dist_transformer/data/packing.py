@@ -12,19 +12,20 @@ def pack(
     """Distribute samples over rows so that both sides of every row are as full as possible.
 
     Row by row: the largest sample left opens a row; then, again and again, of all samples that still fit the
-    one whose sides point most along the free space joins, minus what it would unbalance the two sides (the dot
-    product heuristic for vector bin packing, Panigrahy et al. 2011, with a penalty). Choosing among samples for a row fills
-    rows better than choosing among rows for a sample, because both sides can be steered: 98 % against 95 %
-    for translation pairs in rows of 128. Samples of equal lengths are interchangeable, so the search runs over
-    distinct lengths. All arithmetic is in integers: the same rows on every machine.
+    one whose sides point most along the free space joins, minus what it would unbalance the two sides (the
+    dot product heuristic for vector bin packing, Panigrahy et al. 2011, with a penalty). Choosing among
+    samples for a row fills rows better than choosing among rows for a sample, because both sides can be
+    steered: 98 % against 95 % for translation pairs in rows of 128. Samples of equal lengths are
+    interchangeable, so the search runs over distinct lengths. All arithmetic is in integers: the same rows on
+    every machine.
 
     Args:
         source_lengths: [N], each at most `max_source_len`.
         target_lengths: [N], each at most `max_target_len`.
 
     Returns:
-        (order, n_samples): the samples of row 0, row 1, ..., and how many each row has. Samples of equal lengths
-        are used in the order given; within a row they stand in the order given.
+        (order, n_samples): the samples of row 0, row 1, ..., and how many each row has. Samples of equal
+        lengths are used in the order given; within a row they stand in the order given.
     """
     kinds, kind_of, n_left = np.unique(
         source_lengths * (max_target_len + 1) + target_lengths, return_inverse=True, return_counts=True
@@ -44,7 +45,8 @@ def _ranks(sorted_values: Int64) -> Int64:
     """How many equal values stand before each one."""
     is_first = np.append(True, sorted_values[1:] != sorted_values[:-1])[: len(sorted_values)]
     place = np.arange(len(sorted_values))
-    return place - np.maximum.accumulate(np.where(is_first, place, 0))
+    ranks: Int64 = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    return ranks
 
 
 def _fill_rows(kinds: Int64, n_left: Int64, max_source_len: int, max_target_len: int) -> tuple[Int64, Int64]:
@@ -89,4 +91,5 @@ def _balance(source: Int64, target: Int64, n_left: Int64, max_source_len: int, m
     n_rows = max(total_source / max_source_len, total_target / max_target_len, 1)
     row_source, row_target = max(1, round(total_source / n_rows)), max(1, round(total_target / n_rows))
     scale = (max_source_len * max_target_len) / (row_source * row_target)
-    return np.rint((source * row_target - target * row_source) * scale).astype(np.int64)
+    balance: Int64 = np.rint((source * row_target - target * row_source) * scale).astype(np.int64)
+    return balance

@@ -23,7 +23,8 @@ _PLAIN_INTERVAL_S = 10.0
 def run_tasks(function: Callable[[T], R], tasks: Sequence[T], n_workers: int) -> Iterator[R]:
     """The results of tasks in the order in which they finish; one worker means this process.
 
-    Processes are spawned, never forked: the caller may hold threads. They end with this process, however it ends.
+    Processes are spawned, never forked: the caller may hold threads. They end with this process, however it
+    ends.
 
     Raises:
         DataError: a process was killed, or a task raised one.
@@ -40,7 +41,8 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], n_workers: int) ->
                 yield future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a preparation process was killed, often for want of memory: run the same command again with fewer "
+                "a preparation process was killed, often for want of memory: run the same command again "
+                "with fewer "
                 "--workers; what is done is kept"
             ) from error
         finally:
@@ -72,7 +74,9 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], Any]]:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        ) as bar:
             stage = bar.add_task(title, total=max(total, 1))
             yield lambda amount: bar.advance(stage, amount)
             bar.update(stage, completed=max(total, 1))

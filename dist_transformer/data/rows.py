@@ -50,8 +50,8 @@ class Rows:
         """
         row = np.repeat(np.arange(len(n_samples)), n_samples)
         counts = np.zeros((len(n_samples), len(COUNTS)), np.int64)
-        np.add.at(counts, (row, 0), samples.is_truncated[order])
-        np.add.at(counts, (row, 1), samples.is_split[order])
+        for column, is_counted in enumerate((samples.is_truncated, samples.is_split)):
+            counts[:, column] = np.bincount(row[is_counted[order]], minlength=len(n_samples))
         return cls(
             source_tokens=ragged_gather(samples.source_tokens, samples.source_lengths, order),
             target_tokens=ragged_gather(samples.target_tokens, samples.target_lengths, order),
@@ -96,7 +96,9 @@ class PlacedRows:
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """All rows, one part after the other."""
-        arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "lanes", "cursors"))
+        arrays = (
+            np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "lanes", "cursors")
+        )
         return cls(Rows.concatenate([p.rows for p in parts]), *arrays)
 
     def select(self, rows: Int64) -> Self:
@@ -153,8 +155,8 @@ class _Layout:
 def fingerprint(batch: Batch) -> int:
     """A hash of a batch that adds up: the sum over ranks and micro-batches identifies a step's global batch.
 
-    Each row gives a 40-bit hash of its number in the run, its tokens and its segments; sums of up to 2^23 rows fit the
-    int64 of an all-reduce. Padded rows at the end of an evaluation count as rows of padding.
+    Each row gives a 40-bit hash of its number in the run, its tokens and its segments; sums of up to 2^23
+    rows fit the int64 of an all-reduce. Padded rows at the end of an evaluation count as rows of padding.
     """
     total = mix64(np.asarray(batch.rows, np.uint64) + np.uint64(1))
     for salt, values in enumerate(

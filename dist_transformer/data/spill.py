@@ -1,8 +1,8 @@
 """Tokenised documents on their way into shards: a shuffle of any amount of text in bounded memory.
 
-Each part of the input is tokenised and written sorted by the documents' places in the shuffled order; a shard is a
-range of places, so writing it means one contiguous piece of each part. Both steps are tasks for a pool of processes,
-leave a marker when they are done, and give the same bytes whichever process does them.
+Each part of the input is tokenised and written sorted by the documents' places in the shuffled order; a shard
+is a range of places, so writing it means one contiguous piece of each part. Both steps are tasks for a pool
+of processes, leave a marker when they are done, and give the same bytes whichever process does them.
 """
 
 import json

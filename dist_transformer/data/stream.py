@@ -33,8 +33,8 @@ STATE_FORMAT = 1
 class TrainStream:
     """Micro-batches of one data-parallel rank, forever: epochs follow each other without a gap.
 
-    Row n of the run comes from lane n mod n_lanes and goes to rank n mod dp_size, whatever the number of ranks
-    and loader workers, so a run may be resumed with any of both that divide the lanes.
+    Row n of the run comes from lane n mod n_lanes and goes to rank n mod dp_size, whatever the number of
+    ranks and loader workers, so a run may be resumed with any of both that divide the lanes.
 
     Args:
         data: The configuration's `data` section.
@@ -45,8 +45,8 @@ class TrainStream:
         state: From `merge_states`, to go on behind the rows that a run consumed.
 
     Raises:
-        DataError: the shards cannot be read or do not fit the objective, lanes do not divide, or the state belongs to
-            other shards or other options.
+        DataError: the shards cannot be read or do not fit the objective, lanes do not divide, or the state
+            belongs to other shards or other options.
     """
 
     def __init__(
@@ -64,11 +64,16 @@ class TrainStream:
         self.micro_batch_size = micro_batch_size
         self._data, self._dp_rank, self._dp_size = data, dp_rank, dp_size
         self._plan = RowPlan.build(data, manifest, "train", seed, data.shuffle)
-        self._identity = {"shards": manifest.fingerprint(), "options": self._plan.order_options()}
+        self._identity: dict[str, Any] = {
+            "shards": manifest.fingerprint(),
+            "options": self._plan.order_options(),
+        }
         self._first_row, self._n_advanced = 0, 0
         self._cursors: dict[int, Cursor] = {}
         self.counts = {"n_pairs": 0} | dict.fromkeys(COUNTS, 0)
-        """This rank's samples consumed since the stream was made, and how many were truncated, split or dropped."""
+        """This rank's samples consumed since the stream was made, and how many were truncated, split or
+        dropped.
+        """
         self._counts_before = dict(self.counts)
         self._batches: Generator[Batch, None, None] | None = None
         if state is not None:
@@ -122,7 +127,9 @@ class TrainStream:
         next_local = -((self._dp_rank - self._first_row) // self._dp_size) + self._n_advanced
         expected = next_local * self._dp_size + self._dp_rank
         if not batch.rows or batch.rows[0] != expected:
-            raise ValueError(f"advance: expected the batch that begins with row {expected}, got {batch.rows[:1]}")
+            raise ValueError(
+                f"advance: expected the batch that begins with row {expected}, got {batch.rows[:1]}"
+            )
         self._n_advanced += len(batch.rows)
         self._cursors.update(zip(batch.lanes, batch.cursors, strict=True))
         for name in self.counts:
@@ -140,26 +147,33 @@ class TrainStream:
             "n_advanced": self._n_advanced,
             "counts": self.counts,
             "counts_before": self._counts_before,
-            "cursors": {str(lane): [c.epoch, c.shard, c.window, c.row] for lane, c in sorted(self._cursors.items())},
+            "cursors": {
+                str(lane): [c.epoch, c.shard, c.window, c.row] for lane, c in sorted(self._cursors.items())
+            },
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         _check_format(state)
         if state["shards"] != self._identity["shards"]:
             raise DataError(
-                f"the shards in {self._data.train} are not the ones this run was trained on: give data.train the "
+                f"the shards in {self._data.train} are not the ones this run was trained on: give "
+                "data.train the "
                 "folder it began with, or start a new run in another run.dir"
             )
         mine = self._identity["options"]
         if changed := [name for name in mine if mine[name] != state["options"].get(name)]:
-            listing = ", ".join(f"{name} was {state['options'].get(name)} and is {mine[name]}" for name in changed)
+            listing = ", ".join(
+                f"{name} was {state['options'].get(name)} and is {mine[name]}" for name in changed
+            )
             raise DataError(
-                f"the order of data changed ({listing}), so rows already seen cannot be told from new ones: set it back, "
+                f"the order of data changed ({listing}), so rows already seen cannot be told from new "
+                "ones: set it back, "
                 "or start a new run (train.init_from keeps the weights)"
             )
         if state["n_lanes"] != self.n_lanes:
             raise DataError(
-                f"the run was trained with {state['n_lanes']} lanes, this version gives {self.n_lanes}: resume it "
+                f"the run was trained with {state['n_lanes']} lanes, this version gives {self.n_lanes}: "
+                "resume it "
                 "with the version that wrote the checkpoint"
             )
         self._first_row = int(state["rows"])
@@ -177,8 +191,8 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Ranks that share rows (tensor parallelism) may all be given.
 
     Returns:
-        `format`, `n_lanes`, `shards` (identity of the data), `options` (that decide the order), `rows` consumed by all
-        ranks, `counts`, and `cursors`: lane to [epoch, shard, window, row].
+        `format`, `n_lanes`, `shards` (identity of the data), `options` (that decide the order), `rows`
+        consumed by all ranks, `counts`, and `cursors`: lane to [epoch, shard, window, row].
 
     Raises:
         DataError: parts are missing, or do not belong together.
@@ -190,10 +204,17 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     same = ("n_lanes", "shards", "options", "dp_size", "first_row", "n_advanced", "counts_before")
     for state in states:
         if differing := [key for key in same if state[key] != first[key]]:
-            raise DataError(f"the ranks' data positions do not belong together: they differ in {', '.join(differing)}")
+            raise DataError(
+                f"the ranks' data positions do not belong together: they differ in {', '.join(differing)}"
+            )
     if missing := sorted(set(range(first["dp_size"])) - set(parts)):
-        raise DataError(f"the data positions of data-parallel ranks {missing} of {first['dp_size']} are missing")
-    counts = {name: n + sum(part["counts"][name] for part in parts.values()) for name, n in first["counts_before"].items()}
+        raise DataError(
+            f"the data positions of data-parallel ranks {missing} of {first['dp_size']} are missing"
+        )
+    counts = {
+        name: n + sum(part["counts"][name] for part in parts.values())
+        for name, n in first["counts_before"].items()
+    }
     cursors = {lane: cursor for part in parts.values() for lane, cursor in part["cursors"].items()}
     return {
         "format": STATE_FORMAT,
@@ -209,6 +230,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _check_format(state: dict[str, Any]) -> None:
     if state.get("format") != STATE_FORMAT:
         raise DataError(
-            f"the checkpoint's data position has format {state.get('format')}, this version reads {STATE_FORMAT}: "
+            f"the checkpoint's data position has format {state.get('format')}, this version reads "
+            f"{STATE_FORMAT}: "
             "resume with the version that wrote it"
         )

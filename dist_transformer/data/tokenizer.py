@@ -25,8 +25,9 @@ Model = Literal["bpe", "unigram"]
 class TextTokenizer:
     """Text to token ids and back.
 
-    A trained one is byte-level, so any text comes back exactly, newlines included, and nothing is unknown. Its ids are
-    <pad>=0, </s>=1, <unk>=2, then bytes and merges, and the sentinels `<extra_id_0>` .. `<extra_id_99>` last.
+    A trained one is byte-level, so any text comes back exactly, newlines included, and nothing is unknown.
+    Its ids are <pad>=0, </s>=1, <unk>=2, then bytes and merges, and the sentinels `<extra_id_0>` ..
+    `<extra_id_99>` last.
     """
 
     def __init__(self, content: str, name: str = "tokenizer.json") -> None:
@@ -40,7 +41,8 @@ class TextTokenizer:
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         """Of the file's content."""
         self._tokenizer = _build(content, name)
-        # Text that happens to contain "</s>" or "<extra_id_0>" is text: only the data pipeline places special tokens.
+        # Text that happens to contain "</s>" or "<extra_id_0>" is text: only the data pipeline places special
+        # tokens.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -71,7 +73,8 @@ class TextTokenizer:
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise DataError(
-                f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and {N_SENTINELS} sentinels "
+                f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and {N_SENTINELS} "
+                "sentinels "
                 f"need at least {SMALLEST_VOCABULARY}"
             )
         options: dict[str, Any] = {
@@ -80,13 +83,18 @@ class TextTokenizer:
             "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
             "show_progress": False,
         }
+        trainer: Any
         if model == "bpe":
             tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**options)
         else:
-            tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token=UNK_TOKEN, **options)
+            tokenizer, trainer = (
+                Tokenizer(models.Unigram()),
+                trainers.UnigramTrainer(unk_token=UNK_TOKEN, **options),
+            )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
-        # An empty text as the first would be skipped silently; no text at all makes the unigram trainer panic.
+        # An empty text as the first would be skipped silently; no text at all makes the unigram trainer
+        # panic.
         first = next(texts, None)
         if first is None:
             raise DataError("there is no text to train a tokenizer on")
@@ -112,7 +120,9 @@ class TextTokenizer:
         try:
             content = Path(path).read_bytes().decode("utf-8")
         except OSError as error:
-            raise DataError(f"tokenizer {path} cannot be read ({error.strerror}): give a tokenizer.json") from error
+            raise DataError(
+                f"tokenizer {path} cannot be read ({error.strerror}): give a tokenizer.json"
+            ) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from error
         return cls(content, str(path))
@@ -147,7 +157,9 @@ def _build(content: str, name: str) -> Tokenizer:
     try:
         described = json.loads(content)
         for token in described.get("added_tokens") or []:
-            if token["content"] in {*_PAD_NAMES, *_EOS_NAMES, *_UNK_NAMES} or _SENTINEL.fullmatch(token["content"]):
+            if token["content"] in {*_PAD_NAMES, *_EOS_NAMES, *_UNK_NAMES} or _SENTINEL.fullmatch(
+                token["content"]
+            ):
                 token["special"] = True
         return Tokenizer.from_str(json.dumps(described))
     except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot read
@@ -158,4 +170,6 @@ def _find(vocabulary: dict[str, int], names: tuple[str, ...], role: str, name: s
     for token in names:
         if token in vocabulary:
             return vocabulary[token]
-    raise DataError(f"{name} has no {role} token ({' or '.join(names)}): add one, or train a tokenizer with `prepare`")
+    raise DataError(
+        f"{name} has no {role} token ({' or '.join(names)}): add one, or train a tokenizer with `prepare`"
+    )
