@@ -42,7 +42,7 @@ class MetricsLog:
         self.path = run_dir / FILE_NAME
         self.rows_lost = 0
         self._report = report or logging.getLogger("dist_transformer.tracking").warning
-        self._lost_in_a_row = 0
+        self._outage_rows, self._written_since = 0, 0
         self._closed = False
         self._file: LineFile | None = None
         self._lock = (
@@ -114,22 +114,26 @@ class MetricsLog:
         return all(finished)
 
     def _keep(self, row: Row) -> None:
-        """Write the row to disk; a failure is counted and said once."""
+        """Write the row to disk; what fails is counted, and said once an outage."""
         try:
             if self._closed or self._file is None:
                 raise OSError("the log is closed")
             self._file.append(encode(row))
         except OSError as error:
             self.rows_lost += 1
-            self._lost_in_a_row += 1
-            if self._lost_in_a_row == 1:
+            self._outage_rows += 1
+            self._written_since = 0
+            if self._outage_rows == 1:
                 self._say(
-                    f"{self.path} cannot be written ({error.strerror or error}): training goes on without it"
+                    f"{self.path} cannot be written ({error.strerror or error}): the run goes on without"
                 )
             return
-        if self._lost_in_a_row:
-            self._say(f"{self.path} is written again; {self._lost_in_a_row} rows are missing there")
-            self._lost_in_a_row = 0
+        if self._outage_rows:
+            # On a disk that is almost full, a short row fits now and then: that is no end of the outage.
+            self._written_since += 1
+            if self._written_since >= 10:
+                self._say(f"{self.path} is written again; {self._outage_rows} rows are missing there")
+                self._outage_rows = 0
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(Exception):  # A broken terminal is no reason to stop training.

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from wandb_log import axes, find_tail, history, run_record, wandb_files
 
 from dist_transformer.config import TrackingConfig, WandbConfig
 from dist_transformer.tracking import MetricsLog, build_sinks, check_tracking, read_metrics
 from dist_transformer.tracking.wandb_sink import core_pid
+from tests.tools.wandb_log import axes, find_tail, history, run_record, wandb_files
 
 pytestmark = pytest.mark.usefixtures("clean_wandb")
 OFFLINE = TrackingConfig(wandb=WandbConfig(mode="offline", project="unit", tags=("a",)))
