@@ -1,0 +1,153 @@
+"""The chunked output projection and loss against torch's own cross-entropy."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_transformer.parallel.cross_entropy import TokenLoss, linear_cross_entropy
+
+N_ROWS, D_MODEL, VOCAB = 37, 16, 53
+
+
+def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N_ROWS, D_MODEL, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, D_MODEL, generator=generator, dtype=torch.float64)
+    targets = torch.randint(1, VOCAB, (N_ROWS,), generator=generator)
+    targets[::5] = 0  # padding
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """(objective, cross-entropy), both summed over the targets that count."""
+    logits = hidden @ weight.T
+    options: dict[str, Any] = {"ignore_index": 0, "reduction": "sum"}
+    smoothed = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, **options)
+    z_term = (logits.logsumexp(-1).square() * (targets != 0)).sum()
+    return smoothed + z_loss * z_term, F.cross_entropy(logits, targets, **options)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 36, 37, 1000])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
+def test_equals_torch(label_smoothing: float, z_loss: float, chunk_rows: int) -> None:
+    hidden, weight, targets = inputs()
+    expected, expected_plain = reference(hidden, weight, targets, label_smoothing, z_loss)
+    # Not 1: the gradient that arrives from behind must be used.
+    d_hidden, d_weight = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        ignore_id=0,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_rows=chunk_rows,
+    )
+    (3.0 * loss.objective).backward()
+    # Sums are kept in float32, and gradients of the weight too; the rest is float64 up to the logits.
+    torch.testing.assert_close(loss.objective.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.cross_entropy.double(), expected_plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-5, atol=1e-5)
+
+
+def test_counts() -> None:
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, targets, ignore_id=0, chunk_rows=10)
+    counts = targets != 0
+    assert loss.n_tokens == counts.sum()
+    assert loss.n_correct == (((hidden @ weight.T).argmax(-1) == targets) & counts).sum()
+    assert not loss.cross_entropy.requires_grad and not loss.n_correct.requires_grad
+
+
+def test_chunks_do_not_change_the_loss() -> None:
+    losses: list[TokenLoss] = []
+    for chunk_rows in (3, 37):
+        hidden, weight, targets = inputs(torch.float32)
+        losses.append(
+            linear_cross_entropy(hidden, weight, targets, ignore_id=0, z_loss=1e-4, chunk_rows=chunk_rows)
+        )
+    for first, second in itertools.pairwise(losses):
+        torch.testing.assert_close(first.objective, second.objective, rtol=1e-6, atol=0)
+
+
+def test_only_ignored_targets_give_zero_and_no_gradient() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros_like(targets), ignore_id=0, label_smoothing=0.1)
+    loss.objective.backward()
+    assert loss.objective == 0 and loss.n_tokens == 0
+    assert hidden.grad is not None and weight.grad is not None
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_without_gradient() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    with_gradient = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    assert without.objective == with_gradient.objective and not without.objective.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_gradient_of_one_side_only(frozen: str) -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    expected = torch.autograd.grad(reference(hidden, weight, targets, 0.0, 0.0)[0], (hidden, weight))
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    linear_cross_entropy(hidden, weight, targets, ignore_id=0).objective.backward()
+    trained, d_trained = (weight, expected[1]) if frozen == "hidden" else (hidden, expected[0])
+    torch.testing.assert_close(trained.grad, d_trained, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_near_fp32() -> None:
+    """Logits are rounded to bf16 by the product, so each is off by at most 2^-9 of itself; all after it is float32."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    expected = linear_cross_entropy(hidden32, weight32, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    loss.objective.backward()
+    expected.objective.backward()
+    largest_logit = (hidden32 @ weight32.T).abs().max()
+    # Two logits enter each token's loss: the target's and the normaliser's.
+    assert (loss.objective - expected.objective).abs() < 2 * 2**-9 * largest_logit * loss.n_tokens
+    assert loss.objective.dtype == torch.float32
+    for low, high in ((hidden, hidden32), (weight, weight32)):
+        assert low.grad is not None and low.grad.dtype == torch.bfloat16 and high.grad is not None
+        # The softmax turns an absolute error of a logit into the same relative one of a probability (at most
+        # 2^-9 x 16 here); rounding of both factors and of the result adds 3 x 2^-9.
+        error = (low.grad.float() - high.grad).norm() / high.grad.norm()
+        assert error < (largest_logit + 3) * 2**-9
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The largest number of elements that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.n_elements = max(self.n_elements, tensor.numel())
+        return out
+
+
+def test_never_more_logits_than_a_chunk() -> None:
+    n_rows, chunk_rows, vocab = 512, 16, 300
+    hidden = torch.randn(n_rows, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=True)
+    targets = torch.randint(1, vocab, (n_rows,))
+    with _LargestTensor() as largest:
+        loss = linear_cross_entropy(
+            hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4, chunk_rows=chunk_rows
+        )
+        loss.objective.backward()
+    assert largest.n_elements == chunk_rows * vocab  # n_rows x vocab would be 32 times as many
