@@ -89,7 +89,9 @@ def test_only_ignored_targets_give_zero_and_no_gradient() -> None:
 
 def test_without_gradient() -> None:
     hidden, weight, targets = inputs(torch.float32)
-    with_gradient = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    with_gradient = linear_cross_entropy(
+        hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4
+    )
     with torch.no_grad():
         without = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
     assert without.objective == with_gradient.objective and not without.objective.requires_grad
@@ -106,11 +108,13 @@ def test_gradient_of_one_side_only(frozen: str) -> None:
 
 
 def test_bf16_is_near_fp32() -> None:
-    """Logits are rounded to bf16 by the product, so each is off by at most 2^-9 of itself; all after it is float32."""
+    """The product rounds logits to bf16, so each is off by at most 2^-9 of itself; all else is float32."""
     hidden, weight, targets = inputs(torch.bfloat16)
     hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
     loss = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
-    expected = linear_cross_entropy(hidden32, weight32, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
+    expected = linear_cross_entropy(
+        hidden32, weight32, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4
+    )
     loss.objective.backward()
     expected.objective.backward()
     largest_logit = (hidden32 @ weight32.T).abs().max()

@@ -1,0 +1,104 @@
+"""Decoding with the key-value cache equals computing everything anew."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_transformer.model import EncoderDecoder
+from tests.unit.model.small import KINDS, VOCAB, small_model
+
+N_ROWS, N_SOURCE, N_TARGET = 3, 7, 9
+
+
+def padded_sources() -> Tensor:
+    tokens = torch.randint(2, VOCAB, (N_ROWS, N_SOURCE), generator=torch.Generator().manual_seed(1))
+    return tokens * (torch.arange(N_SOURCE) < torch.tensor([7, 3, 5])[:, None])
+
+
+def targets() -> Tensor:
+    tokens = torch.randint(2, VOCAB, (N_ROWS, N_TARGET), generator=torch.Generator().manual_seed(2))
+    tokens[:, 0] = 0
+    return tokens
+
+
+def recompute(model: EncoderDecoder, source_BS: Tensor, tokens_BT: Tensor) -> Tensor:
+    positions = torch.arange(64)
+    hidden = model(
+        source_BS,
+        (source_BS != 0).int(),
+        positions[: source_BS.shape[1]].expand_as(source_BS),
+        tokens_BT,
+        torch.ones_like(tokens_BT),
+        positions[: tokens_BT.shape[1]].expand_as(tokens_BT),
+    )
+    return model.logits(hidden)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_equals_recomputation(kind: str) -> None:
+    model, source, tokens = small_model(kind, torch.float64), padded_sources(), targets()
+    expected = recompute(model, source, tokens)
+    assert expected.std() > 0.1
+    for steps in ([1] * N_TARGET, [N_TARGET], [4, 1, 3, 1]):
+        cache = model.start(source, N_TARGET)
+        parts = [model.step(part, cache) for part in tokens.split(steps, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-10, atol=1e-10)
+        assert cache.length == N_TARGET
+
+
+@pytest.mark.parametrize("kind", ["vaswani2017_base", "t5_v1_1_small", "modern_small"])
+@torch.no_grad()
+def test_equals_recomputation_in_fp32(kind: str) -> None:
+    model, source, tokens = small_model(kind), padded_sources(), targets()
+    cache = model.start(source, N_TARGET)
+    steps = torch.cat([model.step(part, cache) for part in tokens.split(1, dim=1)], dim=1)
+    expected = recompute(model, source, tokens)
+    assert (steps - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["vaswani2017_base", "t5_v1_1_small", "modern_small", "widths_rotary_pre"])
+@torch.no_grad()
+def test_hypotheses_are_reordered_and_sources_dropped(kind: str) -> None:
+    """The bookkeeping of a beam search: repeat, reorder within a source, drop a source, reorder again."""
+    model, source, tokens = small_model(kind, torch.float64), padded_sources(), targets()
+    cache = model.start(source, N_TARGET)
+    model.step(tokens[:, :2], cache)
+    cache.repeat(2)
+    history = tokens[:, :2].repeat_interleave(
+        2, dim=0
+    )  # rows: source 0 twice, source 1 twice, source 2 twice
+    new = torch.tensor([[3], [4], [5], [6], [7], [8]])
+    model.step(new, cache)
+    history = torch.cat([history, new], dim=1)
+
+    rows = torch.tensor([1, 0, 2, 2, 5, 4])
+    cache.select(rows)
+    history = history[rows]
+    new = torch.tensor([[9], [10], [11], [12], [13], [14]])
+    logits = model.step(new, cache)[:, -1]
+    history = torch.cat([history, new], dim=1)
+    expected = recompute(model, source.repeat_interleave(2, dim=0), history)[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+    rows, sources = torch.tensor([5, 4, 1, 1]), torch.tensor([2, 0])
+    cache.select(rows, sources)
+    history = history[rows]
+    for token in (15, 16):
+        new = torch.full((4, 1), token) + torch.arange(4)[:, None]
+        logits = model.step(new, cache)[:, -1]
+        history = torch.cat([history, new], dim=1)
+        expected = recompute(model, source[sources].repeat_interleave(2, dim=0), history)[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_several_tokens_after_repeat() -> None:
+    """Cross-attention folds hypotheses and positions into one list of queries; the order must survive."""
+    model, source, tokens = small_model("modern_small", torch.float64), padded_sources(), targets()
+    cache = model.start(source, N_TARGET)
+    cache.repeat(2)
+    tokens = torch.cat([tokens, tokens.flip(1)]).view(2, N_ROWS, -1).transpose(0, 1).reshape(2 * N_ROWS, -1)
+    logits = torch.cat([model.step(part, cache) for part in tokens.split([4, 5], dim=1)], dim=1)
+    expected = recompute(model, source.repeat_interleave(2, dim=0), tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
