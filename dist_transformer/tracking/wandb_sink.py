@@ -20,12 +20,19 @@ from dist_transformer.config import WandbConfig
 from dist_transformer.tracking.feed import Report
 from dist_transformer.tracking.ids import TrackingIds
 from dist_transformer.tracking.jsonl import Row
+from dist_transformer.tracking.wandb_log import last_step
 from dist_transformer.tracking.wandb_server import ServerAnswer, ask_server
 
 _X_TOKENS = "trainer/tokens_seen"
 _X_STEP = "trainer/step"
 _AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS, "perf/*": _X_STEP, "memory/*": _X_STEP}
 _NOT_LOGGED = frozenset({"event", "step", "row", "time"})
+
+_N_RECENT = (
+    1000  # Rows that may be with the helper: it passes them on every second, or to a server every 15 s.
+)
+_MAX_REOPENED = 5
+_REOPEN_WINDOW_S = 3600.0
 
 
 class WandbSink:
@@ -58,6 +65,7 @@ class WandbSink:
         self._stop = threading.Event()
         self._abandoned = False
         self._reopened: deque[float] = deque(maxlen=_MAX_REOPENED)
+        self._recent: deque[tuple[int, Row]] = deque(maxlen=_N_RECENT)
 
     @property
     def stop_requested(self) -> bool:
@@ -108,9 +116,14 @@ class WandbSink:
         if self._run is None:
             return
         try:
-            if preempted:
-                self._run.mark_preempting()
-            self._run.finish(exit_code=exit_code)
+            try:
+                self._say_goodbye(exit_code, preempted)
+            except Exception as error:
+                if self._abandoned:
+                    raise
+                # A job's signals go to all its processes, and the helper dies of SIGTERM and SIGINT.
+                self._reopen(error)
+                self._say_goodbye(exit_code, preempted)
         finally:
             # Also after a failure: wandb would wait for its helper when the process ends.
             self._teardown()
@@ -216,7 +229,13 @@ class WandbSink:
     def _log(self, values: Row, step: int) -> None:
         # commit: with a step of our own, wandb would otherwise hold the row back until the next one.
         self._run.log(values, step=step, commit=True)
+        self._recent.append((step, values))
         self._next_step = step + 1
+
+    def _say_goodbye(self, exit_code: int, preempted: bool) -> None:
+        if preempted:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=exit_code)
 
     def _alert(self, row: Row) -> None:
         text = ", ".join(f"{key}={value}" for key, value in row.items() if key not in _NOT_LOGGED)
@@ -230,9 +249,22 @@ class WandbSink:
         if len(self._reopened) == _MAX_REOPENED and now - self._reopened[0] < _REOPEN_WINDOW_S:
             raise RuntimeError(f"wandb-core was lost {_MAX_REOPENED} times within an hour") from error
         self._reopened.append(now)
+        log = Path(self._run.sync_dir) / f"run-{self._ids.wandb_run_id}.wandb" if self._run else None
         self._teardown()
         self.open()
+        self._send_again(log)
         self._report(f"W&B lost its helper process ({_first_line(error)}) and goes on: {self.where()}")
+
+    def _send_again(self, lost_helper_log: Path | None) -> None:
+        """Log the rows that the lost helper had taken and not passed on."""
+        if self._online:
+            first = self._run.starting_step
+        else:
+            kept = last_step(lost_helper_log) if lost_helper_log else None
+            first = 0 if kept is None else kept + 1
+        for step, values in list(self._recent):
+            if step >= first:
+                self._run.log(values, step=step, commit=True)
 
     def _teardown(self) -> None:
         """Leave wandb's process-wide state behind, whatever state it is in."""
@@ -243,10 +275,6 @@ class WandbSink:
         with contextlib.suppress(Exception, SystemExit):
             wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
-
-
-_MAX_REOPENED = 5
-_REOPEN_WINDOW_S = 3600.0
 
 
 def _kill_core() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from dist_transformer.config import TrackingConfig, WandbConfig
 from dist_transformer.tracking import MetricsLog, build_sinks, read_metrics
 from dist_transformer.tracking.wandb_server import ask_server, find_api_key
+from dist_transformer.tracking.wandb_sink import core_pid
 from tests.tools.fake_wandb import FakeWandb
 from tests.tools.wandb_log import history, wandb_files
 
@@ -64,6 +66,22 @@ def test_online_rows_arrive_once_over_restarts_with_replayed_steps(
     assert where == [f"W&B run: {server.url}/someteam/unit/runs/{run_id(tmp_path)}"]
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
+
+
+def test_a_helper_killed_online_costs_no_row(server: FakeWandb, tmp_path: Path) -> None:
+    said: list[str] = []
+    log = MetricsLog(tmp_path, build_sinks(AUTO, tmp_path, {}, said.append), said.append)
+    for step in range(100):
+        log.log("train", step, {"train/loss": 1.0})
+        if step == 60:
+            time.sleep(0.5)
+            helper = core_pid()
+            assert helper is not None
+            os.kill(helper, signal.SIGKILL)
+    assert log.close(timeout=30), said
+    run = server.state.runs[run_id(tmp_path)]
+    assert [row["trainer/step"] for row in run.history] == list(range(100))
+    assert run.exitcode == 0 and len(said) == 1 and "goes on: W&B run: http" in said[0]
 
 
 def closed_port() -> str:
