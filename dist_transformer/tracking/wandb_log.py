@@ -17,7 +17,6 @@ def last_step(path: Path, look_back: int = 128 * _BLOCK) -> int | None:
     """The step of the last row that is whole in the log; None where there is none in its last `look_back`
     bytes.
     """
-    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     found: int | None = None
@@ -25,7 +24,7 @@ def last_step(path: Path, look_back: int = 128 * _BLOCK) -> int | None:
         record = wandb_internal_pb2.Record()
         try:
             record.ParseFromString(content)
-        except DecodeError:
+        except Exception:  # protobuf's DecodeError, which has no types: bytes that a crash left half written.
             continue
         if record.WhichOneof("record_type") == "history":
             for item in record.history.item:

@@ -28,9 +28,8 @@ _X_STEP = "trainer/step"
 _AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS, "perf/*": _X_STEP, "memory/*": _X_STEP}
 _NOT_LOGGED = frozenset({"event", "step", "row", "time"})
 
-_N_RECENT = (
-    1000  # Rows that may be with the helper: it passes them on every second, or to a server every 15 s.
-)
+# Rows that may be with the helper: it passes them on every second, or to a server every 15 s.
+_N_RECENT = 1000
 _MAX_REOPENED = 5
 _REOPEN_WINDOW_S = 3600.0
 
@@ -61,6 +60,7 @@ class WandbSink:
         self._online = False
         self._why_offline = ""
         self._next_step = 0
+        self._safe_until = 0
         self._tokens_seen: Any = None
         self._stop = threading.Event()
         self._abandoned = False
@@ -261,7 +261,8 @@ class WandbSink:
             first = self._run.starting_step
         else:
             kept = last_step(lost_helper_log) if lost_helper_log else None
-            first = 0 if kept is None else kept + 1
+            first = self._safe_until if kept is None else max(self._safe_until, kept + 1)
+        self._safe_until = first
         for step, values in list(self._recent):
             if step >= first:
                 self._run.log(values, step=step, commit=True)
