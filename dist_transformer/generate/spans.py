@@ -19,7 +19,7 @@ _GAP = re.compile(r"([ \t]?)(<extra_id_\d+>|<mask>|_{3,})")
 class Filled:
     """A text with its gaps filled."""
 
-    plain: str
+    text: str
     """The text with the spans in place. A gap that the model left out stays as it was written."""
     marked: str
     """The same with each span in square brackets."""
@@ -31,7 +31,7 @@ class Filled:
     """Source tokens beyond `max_source_len`, which the model did not see."""
 
 
-def fill_spans(
+def fill_texts(
     model: EncoderDecoder,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
@@ -126,13 +126,13 @@ def parse_spans(tokens: Sequence[int], tokenizer: TextTokenizer) -> dict[int, st
 
 
 def _fill(pieces: Sequence[str], spans: dict[int, str], score: float, n_cut: int) -> Filled:
-    plain, marked = [pieces[0]], [pieces[0]]
+    text, marked = [pieces[0]], [pieces[0]]
     found: list[str | None] = []
     gaps = zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)
     for gap, (space, written, after) in enumerate(gaps):
         span = spans.get(gap)
         if span is None:
-            plain += [space, written, after]
+            text += [space, written, after]
             marked += [space, written, after]
             found.append(None)
             continue
@@ -140,7 +140,7 @@ def _fill(pieces: Sequence[str], spans: dict[int, str], score: float, n_cut: int
         # The blank that was written stays, even where the model's span begins without one.
         before = span[: len(span) - len(span.lstrip())] or space
         behind = span[len(span.rstrip()) :] if inner else ""
-        plain += [before, inner, behind, after]
+        text += [before, inner, behind, after]
         marked += [before, f"[{inner}]", behind, after]
         found.append(inner)
-    return Filled("".join(plain), "".join(marked), tuple(found), score, n_cut)
+    return Filled("".join(text), "".join(marked), tuple(found), score, n_cut)
