@@ -114,7 +114,7 @@ def random_samples(n: int, seed: int = 0) -> list[Sample]:
 
 
 def rows_of(packs: list[list[Sample]], source_len: int = 0, target_len: int = 0) -> dict[str, Tensor]:
-    """Rows of packed samples as the model's inputs, and `targets`; padded to the longest or to these lengths."""
+    """Rows of packed samples as the model's inputs, and `targets`, padded to the longest or to a length."""
     n_source = max([source_len, *(sum(len(s) for s, _ in pack) for pack in packs)])
     n_target = max([target_len, *(sum(len(t) for _, t in pack) for pack in packs)])
     names = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
