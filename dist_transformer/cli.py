@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from dist_transformer import __version__
 from dist_transformer.errors import ConfigError, UserError
@@ -17,6 +17,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """All commands and their options."""
     parser = _Parser(
         prog="dist-transformer",
@@ -50,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dist-transformer {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands: _Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_prepare(commands)
     _add_train(commands)
     _add_generate(commands)
@@ -60,13 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_Commands = argparse._SubParsersAction  # type: ignore[type-arg]
-
-
 def _command(
-    commands: "_Commands", name: str, help_: str, example: str, run: Callable[[argparse.Namespace], None] | None
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+    commands: _Commands, name: str, help_: str, example: str, run: Callable[[argparse.Namespace], None] | None
+) -> _Parser:
+    parser = commands.add_parser(
         name,
         help=help_,
         description=help_[0].upper() + help_[1:] + ".",
@@ -80,7 +80,7 @@ def _command(
     return parser
 
 
-def _add_prepare(commands: "_Commands") -> None:
+def _add_prepare(commands: _Commands) -> None:
     prepare = _command(
         commands,
         "prepare",
@@ -88,7 +88,7 @@ def _add_prepare(commands: "_Commands") -> None:
         "dist-transformer prepare text books/*.txt --documents paragraph --out shards/books",
         None,
     )
-    kinds = prepare.add_subparsers(title="kinds of text", metavar="KIND", required=True, parser_class=_Parser)
+    kinds: _Commands = prepare.add_subparsers(title="kinds of text", metavar="KIND", required=True)
     text = _command(
         kinds,
         "text",
@@ -103,8 +103,15 @@ def _add_prepare(commands: "_Commands") -> None:
         default="line",
         help="what a document is: a line, lines up to an empty one, or a file (default: line)",
     )
-    text.add_argument("--max-document-tokens", type=_positive, default=2048, help="longer documents are split (default: 2048)")
-    text.add_argument("--eval-files", nargs="+", metavar="FILE", help="held-out text; default: a share of FILE")
+    text.add_argument(
+        "--max-document-tokens",
+        type=_positive,
+        default=2048,
+        help="longer documents are split (default: 2048)",
+    )
+    text.add_argument(
+        "--eval-files", nargs="+", metavar="FILE", help="held-out text; default: a share of FILE"
+    )
     pairs = _command(
         kinds,
         "pairs",
@@ -112,24 +119,53 @@ def _add_prepare(commands: "_Commands") -> None:
         "dist-transformer prepare pairs --source train.en --target train.de --out shards/en-de",
         _prepare_pairs,
     )
-    pairs.add_argument("--source", nargs="+", required=True, metavar="FILE", help="source lines in UTF-8, plain or .gz")
-    pairs.add_argument("--target", nargs="+", required=True, metavar="FILE", help="target lines, as many")
-    pairs.add_argument("--eval-source", nargs="+", metavar="FILE", help="held-out source; default: a share of --source")
-    pairs.add_argument("--eval-target", nargs="+", metavar="FILE", help="held-out target")
+    pairs.add_argument("--source", required=True, metavar="FILE", help="source lines in UTF-8, plain or .gz")
+    pairs.add_argument("--target", required=True, metavar="FILE", help="target lines, as many")
+    pairs.add_argument("--eval-source", metavar="FILE", help="held-out source; default: a share of --source")
+    pairs.add_argument("--eval-target", metavar="FILE", help="held-out target")
     for kind in (text, pairs):
-        kind.add_argument("--out", required=True, metavar="DIR", help="folder to write: shards, tokenizer.json, manifest.json")
-        kind.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
-        kind.add_argument("--vocab-size", type=_positive, default=16384, help="tokens of a trained tokenizer (default: 16384)")
-        kind.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="kind of tokenizer to train (default: bpe)")
+        kind.add_argument(
+            "--out",
+            required=True,
+            metavar="DIR",
+            help="folder to write: shards, tokenizer.json, manifest.json",
+        )
+        kind.add_argument(
+            "--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one"
+        )
+        kind.add_argument(
+            "--vocab-size",
+            type=_positive,
+            default=16384,
+            help="tokens of a trained tokenizer (default: 16384)",
+        )
+        kind.add_argument(
+            "--model",
+            choices=("bpe", "unigram"),
+            default="bpe",
+            help="kind of tokenizer to train (default: bpe)",
+        )
         kind.add_argument("--shards", type=_positive, metavar="N", help="training shards (default: by size)")
         kind.add_argument("--workers", type=_positive, metavar="N", help="processes (default: all cores)")
-        kind.add_argument("--held-out", type=_count, metavar="N", help="documents or pairs held out (default: 1 %%, at most 2000)")
-        kind.add_argument("--bad-utf8", choices=("error", "replace"), default="error", help="what to do with bytes that are not UTF-8 (default: error)")
-        kind.add_argument("--seed", type=_count, default=0, help="of the shuffle and the held-out choice (default: 0)")
+        kind.add_argument(
+            "--held-out",
+            type=_count,
+            metavar="N",
+            help="documents or pairs held out (default: 1 %%, at most 2000)",
+        )
+        kind.add_argument(
+            "--bad-utf8",
+            choices=("error", "replace"),
+            default="error",
+            help="what to do with bytes that are not UTF-8 (default: error)",
+        )
+        kind.add_argument(
+            "--seed", type=_count, default=0, help="of the shuffle and the held-out choice (default: 0)"
+        )
         kind.add_argument("--overwrite", action="store_true", help="replace a finished folder")
 
 
-def _add_train(commands: "_Commands") -> None:
+def _add_train(commands: _Commands) -> None:
     train = _command(
         commands,
         "train",
@@ -145,7 +181,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="single fields over it")
 
 
-def _add_generate(commands: "_Commands") -> None:
+def _add_generate(commands: _Commands) -> None:
     generate = _command(
         commands,
         "generate",
@@ -158,7 +194,7 @@ def _add_generate(commands: "_Commands") -> None:
     generate.add_argument("--output", metavar="FILE", help="lines to write (default: standard output)")
 
 
-def _add_evaluate(commands: "_Commands") -> None:
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = _command(
         commands,
         "evaluate",
@@ -174,14 +210,18 @@ def _add_evaluate(commands: "_Commands") -> None:
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
-    parser.add_argument("--beam-size", type=_positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)")
-    parser.add_argument("--length-penalty", type=float, metavar="X", help="default: the run's generate.length_penalty")
+    parser.add_argument(
+        "--beam-size", type=_positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="default: the run's generate.length_penalty"
+    )
     parser.add_argument("--max-len", type=_positive, metavar="N", help="longest output in tokens")
     parser.add_argument("--batch-tokens", type=_positive, metavar="N", help="source tokens decoded together")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
 
 
-def _add_report(commands: "_Commands") -> None:
+def _add_report(commands: _Commands) -> None:
     report = _command(
         commands,
         "report",
@@ -193,7 +233,7 @@ def _add_report(commands: "_Commands") -> None:
     report.add_argument("--png", metavar="FILE", help="where to (default: RUN_DIR/report.png)")
 
 
-def _add_config(commands: "_Commands") -> None:
+def _add_config(commands: _Commands) -> None:
     check = _command(
         commands,
         "config",
@@ -251,7 +291,7 @@ def _prepare_pairs(options: argparse.Namespace) -> None:
     print(summary)
 
 
-def _prepare_options(options: argparse.Namespace) -> dict[str, object]:
+def _prepare_options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokenizer": options.tokenizer,
         "vocab_size": options.vocab_size,
@@ -286,12 +326,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dist_transformer.train.decode import evaluate_files
 
     scores = evaluate_files(
-        Path(options.run_dir), options.source, options.reference, options.output, _decoding(options), options.threads
+        Path(options.run_dir),
+        options.source,
+        options.reference,
+        options.output,
+        _decoding(options),
+        options.threads,
     )
     print(json.dumps(scores, ensure_ascii=False))
 
 
-def _decoding(options: argparse.Namespace) -> dict[str, object]:
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
     names = ("beam_size", "length_penalty", "max_len", "batch_tokens")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

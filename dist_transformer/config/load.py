@@ -43,7 +43,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         line = f", line {where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: should hold sections such as `run:` and `data:`, not {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: should hold sections such as `run:` and `data:`, not {type(tree).__name__}"
+        )
     for override in overrides:
         _apply_override(tree, override)
     return build_config(tree, source=str(path))
@@ -146,5 +148,3 @@ def _known_keys(loc: Sequence[str | int]) -> list[str]:
             return []
         model = nested[0]
     return list(model.model_fields)
-
-

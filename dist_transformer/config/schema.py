@@ -125,9 +125,13 @@ class ParallelConfig(Section):
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3: stage 0 shards nothing")
         if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError(f"offload=all needs zero_stage=3, not {self.zero_stage}: only it shards parameters")
+            raise ValueError(
+                f"offload=all needs zero_stage=3, not {self.zero_stage}: only it shards parameters"
+            )
         if self.tp_degree > 1:
-            raise ValueError(f"tp_degree={self.tp_degree}: tensor parallelism is not built yet: set tp_degree: 1")
+            raise ValueError(
+                f"tp_degree={self.tp_degree}: tensor parallelism is not built yet: set tp_degree: 1"
+            )
         return self
 
 
@@ -248,7 +252,9 @@ class Config(Section):
             "tensorboard": "tracking.tensorboard",
         }
         problems += [
-            f"deepspeed.{key} is ours to set: use {ours}" for key, ours in owned.items() if key in self.deepspeed
+            f"deepspeed.{key} is ours to set: use {ours}"
+            for key, ours in owned.items()
+            if key in self.deepspeed
         ]
         if "stage" in (self.deepspeed.get("zero_optimization") or {}):
             problems.append("deepspeed.zero_optimization.stage is ours to set: use parallel.zero_stage")

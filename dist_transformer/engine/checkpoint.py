@@ -93,7 +93,10 @@ def save_checkpoint(engine: Engine, state: TrainerState, keep: int) -> Path:
     torch.save(_rng_state(mesh), partial / f"rng-{mesh.rank:05d}.pt")
     barrier(mesh)
     if mesh.is_rank_zero:
-        _write_json(partial / "trainer.json", {"format": _FORMAT, "state": asdict(state), **_description(config, mesh)})
+        _write_json(
+            partial / "trainer.json",
+            {"format": _FORMAT, "state": asdict(state), **_description(config, mesh)},
+        )
         _publish(partial, final, keep)
     barrier(mesh)
     return final
@@ -175,7 +178,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 # Fields of the model that may change between runs of the same weights.
-_NOT_SHAPE = {"preset", "dropout", "attention_dropout", "ffn_dropout", "init", "encoder", "decoder", "pad_vocab_to"}
+_NOT_SHAPE = {
+    "preset",
+    "dropout",
+    "attention_dropout",
+    "ffn_dropout",
+    "init",
+    "encoder",
+    "decoder",
+    "pad_vocab_to",
+}
 
 
 def _layout(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -206,7 +218,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'}: cannot be read: {error}") from None
     if description.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: written in checkpoint format {description.get('format')}, this is {_FORMAT}")
+        raise CheckpointError(
+            f"{path}: written in checkpoint format {description.get('format')}, this is {_FORMAT}"
+        )
     assert isinstance(description, dict)
     return description
 
@@ -222,13 +236,17 @@ def _check_files(path: Path) -> None:
         actual = file.stat().st_size if file.exists() else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
-            raise CheckpointError(f"{file} {found}: the checkpoint is damaged; point {path.parent / 'latest'} to another")
+            raise CheckpointError(
+                f"{file} {found}: the checkpoint is damaged; point {path.parent / 'latest'} to another"
+            )
 
 
 def _publish(partial: Path, final: Path, keep: int) -> None:
     """Sync, rename, point `latest` to it, prune. A crash between any two lines leaves a complete checkpoint."""
     files = [file for file in partial.rglob("*") if file.is_file()]
-    _write_json(partial / "files.json", {str(f.relative_to(partial)): f.stat().st_size for f in sorted(files)})
+    _write_json(
+        partial / "files.json", {str(f.relative_to(partial)): f.stat().st_size for f in sorted(files)}
+    )
     for file in [*files, partial / "files.json"]:
         _sync(file)
     _sync(partial)

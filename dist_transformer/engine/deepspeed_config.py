@@ -16,7 +16,9 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     """
     train, parallel = config.train, config.parallel
     # DeepSpeed's stage 0 in bf16 cannot accumulate in another precision than the parameters'.
-    accumulate_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
+    accumulate_fp32 = (
+        train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
+    )
     tree = _merge(
         _stage_settings(config),
         {
@@ -38,8 +40,12 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
 def _stage_settings(config: Config) -> dict[str, Any]:
     """The shipped settings of the ZeRO stage: a file that people can read and override."""
     parallel = config.parallel
-    name = f"zero_{parallel.zero_stage}_offload" if parallel.offload == "all" else f"zero_{parallel.zero_stage}"
-    tree = yaml.safe_load((shipped_files("configs") / "deepspeed" / f"{name}.yaml").read_text(encoding="utf-8"))
+    name = (
+        f"zero_{parallel.zero_stage}_offload" if parallel.offload == "all" else f"zero_{parallel.zero_stage}"
+    )
+    tree = yaml.safe_load(
+        (shipped_files("configs") / "deepspeed" / f"{name}.yaml").read_text(encoding="utf-8")
+    )
     assert isinstance(tree, dict)
     if parallel.offload == "optimizer":
         tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -60,7 +66,9 @@ def grad_accum_steps(config: Config, dp_size: int) -> int:
     train = config.train
     rows = train.micro_batch_size * dp_size
     if train.global_batch_size % rows:
-        fits = [n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % (n * dp_size) == 0]
+        fits = [
+            n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % (n * dp_size) == 0
+        ]
         near = sorted(sorted(fits, key=lambda n: abs(n - train.micro_batch_size))[:3])
         hint = (
             f"try train.micro_batch_size={' or '.join(map(str, near))}"

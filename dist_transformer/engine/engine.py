@@ -141,10 +141,13 @@ class Engine:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient, averaged over ranks as the update would see it, after `accumulate`. A collective."""
-        return {
-            name: deepspeed.utils.safe_get_full_grad(parameter) if self.config.parallel.zero_stage else parameter.grad
-            for name, parameter in self.model.named_parameters()
-        }
+        is_sharded = self.config.parallel.zero_stage > 0
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            gradient = deepspeed.utils.safe_get_full_grad(parameter) if is_sharded else parameter.grad
+            if gradient is not None:
+                gradients[name] = gradient
+        return gradients
 
     def _update(self, sums: Tensor) -> tuple[float, bool]:
         if is_plain(self.config):

@@ -30,7 +30,9 @@ def learning_rate(config: OptimizerConfig, step: int, n_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer over a module's parameters, with decay on matrices only.
 
     Its learning rate is 0 until one is set for a step: DeepSpeed may take an empty update before the first one.
@@ -41,7 +43,9 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=device.type != "meta")
 
 
-def _decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def _decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:

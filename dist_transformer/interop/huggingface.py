@@ -57,7 +57,9 @@ def huggingface_name(ours: str, family: str) -> str:
             fields = {"side": "decoder", **match.groupdict()}
             last = 1 if fields["side"] == "encoder" else 2
             return f"{theirs.format(**fields, last=last)}.{kind}"
-    raise UserError(f"{ours}: Hugging Face's {family} has no such parameter: its architecture differs from this model's")
+    raise UserError(
+        f"{ours}: Hugging Face's {family} has no such parameter: its architecture differs from this model's"
+    )
 
 
 def from_huggingface(theirs: Mapping[str, Tensor], our_names: list[str], family: str) -> dict[str, Tensor]:

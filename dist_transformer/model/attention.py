@@ -36,7 +36,10 @@ class MultiHeadAttention(nn.Module):
 
     def keys_values(self, memory_BSD: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """What is attended to [B, S, D] to keys and values [B, H, S, K] each, H the key-value heads."""
-        k_BHSK, v_BHSK = self._split_heads(self.k_proj(memory_BSD)), self._split_heads(self.v_proj(memory_BSD))
+        k_BHSK, v_BHSK = (
+            self._split_heads(self.k_proj(memory_BSD)),
+            self._split_heads(self.v_proj(memory_BSD)),
+        )
         if self.k_norm is not None:
             k_BHSK = self.k_norm(k_BHSK)
         if rotation is not None:
@@ -76,7 +79,8 @@ class MultiHeadAttention(nn.Module):
         return out_BTD
 
     def _split_heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        n_rows, length, _ = x_BTD.shape
+        return x_BTD.view(n_rows, length, -1, self.head_dim).transpose(1, 2)
 
 
 def may_attend(query_segments_BT: Tensor, key_segments_BS: Tensor, causal: bool = False) -> Tensor:

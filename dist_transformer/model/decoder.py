@@ -68,7 +68,9 @@ class Decoder(nn.Module):
         self.config, self.stack = model, model.stack("decoder")
         self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
-            RelativeBias(model.relative_buckets, model.relative_max_distance, self.stack.n_heads, bidirectional=False)
+            RelativeBias(
+                model.relative_buckets, model.relative_max_distance, self.stack.n_heads, bidirectional=False
+            )
             if model.positions == "relative_bias"
             else None
         )

@@ -43,7 +43,9 @@ class Encoder(nn.Module):
         self.config, self.stack = model, model.stack("encoder")
         self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
-            RelativeBias(model.relative_buckets, model.relative_max_distance, self.stack.n_heads, bidirectional=True)
+            RelativeBias(
+                model.relative_buckets, model.relative_max_distance, self.stack.n_heads, bidirectional=True
+            )
             if model.positions == "relative_bias"
             else None
         )

@@ -46,20 +46,19 @@ def _standard_deviation(name: str, shape: torch.Size, config: ModelConfig) -> fl
     normal: 0.02, and 0.02 / sqrt(2 x layers) for what is added to the residual stream (GPT-2).
     """
     module = name.split(".")[-2]
-    side = "decoder" if name.startswith(("decoder", "target")) else "encoder"
-    stack = config.stack(side)
+    stack = config.stack("decoder" if name.startswith(("decoder", "target")) else "encoder")
     if module == "learned":
         return 0.02
     if config.init == "xavier":
         # With scale_embeddings, the embedded token then has unit variance.
-        return shape[-1] ** -0.5
+        return 1.0 / math.sqrt(shape[-1])
     if config.init == "normal":
         is_residual = module in {"o_proj", "down"}
         return 0.02 / math.sqrt(2 * max(1, stack.n_layers)) if is_residual else 0.02
     if module.endswith("embedding"):
-        return 1.0 if config.tie_embeddings != "all" or config.scale_logits else shape[-1] ** -0.5
+        return 1.0 if config.tie_embeddings != "all" or config.scale_logits else 1.0 / math.sqrt(shape[-1])
     if module == "relative_bias":
-        return stack.d_model**-0.5
+        return 1.0 / math.sqrt(stack.d_model)
     if module == "q_proj":
-        return float(shape[1] * stack.head_dim) ** -0.5
-    return float(shape[1]) ** -0.5
+        return 1.0 / math.sqrt(shape[1] * stack.head_dim)
+    return 1.0 / math.sqrt(shape[1])

@@ -59,7 +59,9 @@ class EncoderDecoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.output = (
-            None if config.tie_embeddings == "all" else nn.Linear(decoder.d_model, self.vocab_size, bias=False)
+            None
+            if config.tie_embeddings == "all"
+            else nn.Linear(decoder.d_model, self.vocab_size, bias=False)
         )
 
     @property

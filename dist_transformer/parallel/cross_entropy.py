@@ -39,7 +39,9 @@ def linear_cross_entropy(
 
     Gradients of hidden and weight are computed with the loss, chunk by chunk, in one pass over the logits.
     """
-    sums = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, ignore_id, label_smoothing, z_loss, chunk_rows)
+    sums = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, ignore_id, label_smoothing, z_loss, chunk_rows
+    )
     return TokenLoss(*sums)
 
 
@@ -63,7 +65,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden, targets = hidden_ND[rows], targets_N[rows]
             chunk_sums, d_logits = _chunk(
-                F.linear(hidden, weight_VD).float(), targets, targets != ignore_id, label_smoothing, z_loss, needs_gradient
+                F.linear(hidden, weight_VD).float(),
+                targets,
+                targets != ignore_id,
+                label_smoothing,
+                z_loss,
+                needs_gradient,
             )
             sums += chunk_sums
             if d_hidden_ND is not None and d_weight_VD is not None and d_logits is not None:
@@ -82,14 +89,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, cross_entropy, n_correct, n_tokens
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
         return d_hidden_ND * d_objective, d_weight_VD * d_objective, None, None, None, None, None
 
 
 def _chunk(
-    logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, needs_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (objective, cross-entropy, correct) of some rows and d objective / d logits; overwrites the logits."""
     log_z = torch.logsumexp(logits, dim=-1)
@@ -108,6 +120,8 @@ def _chunk(
         gradient.mul_((1 + 2 * z_loss * log_z)[:, None])
     if label_smoothing:
         gradient.sub_(label_smoothing / logits.shape[1])
-    gradient.scatter_add_(1, targets[:, None], torch.full_like(targets, label_smoothing - 1, dtype=gradient.dtype)[:, None])
+    gradient.scatter_add_(
+        1, targets[:, None], torch.full_like(targets, label_smoothing - 1, dtype=gradient.dtype)[:, None]
+    )
     gradient.mul_(counts[:, None])
     return sums, gradient

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,9 @@ def data_parallel_size(world_size: int, tp_degree: int) -> int:
         ConfigError: if the world cannot be divided so.
     """
     if world_size % tp_degree:
-        raise ConfigError(f"parallel.tp_degree={tp_degree} does not divide the {world_size} ranks of this run")
+        raise ConfigError(
+            f"parallel.tp_degree={tp_degree} does not divide the {world_size} ranks of this run"
+        )
     return world_size // tp_degree
 
 
@@ -102,11 +105,11 @@ def open_mesh(tp_degree: int = 1, init_method: str | None = None) -> Iterator[Me
     if use_cuda:
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if init_method is not None:
         options = {"init_method": init_method, "rank": rank, "world_size": world_size}
     elif "MASTER_ADDR" not in os.environ:
-        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options = {"store": torch._C._distributed_c10d.HashStore(), "rank": 0, "world_size": 1}
     elif "RANK" not in os.environ:
         options = {"rank": rank, "world_size": world_size}
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **options)

@@ -23,7 +23,7 @@ def _wrap(layer: nn.Module, policy: Policy) -> None:
     if policy == "full":
         # Random numbers of dropout are drawn again from the saved state: the same values.
         forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=True)
-        layer.forward = _only_in_training(layer, forward)  # type: ignore[method-assign, assignment]
+        layer.forward = _only_in_training(layer, forward)  # type: ignore[assignment]
 
 
 def _only_in_training(layer: nn.Module, recomputed: functools.partial[object]) -> object:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,9 @@ def generate_lines(
         lines = _read_lines(input_) if input_ else [line.rstrip("\n") for line in sys.stdin]
         destination = stack.enter_context(open(output, "w", encoding="utf-8")) if output else sys.stdout  # noqa: PTH123
         for text in _decode(run, lines, decoding):
-            destination.write(text.replace("\n", " ") + "\n" if "\n" in text and len(lines) > 1 else text + "\n")
+            destination.write(
+                text.replace("\n", " ") + "\n" if "\n" in text and len(lines) > 1 else text + "\n"
+            )
 
 
 def evaluate_files(
@@ -74,7 +77,9 @@ def evaluate_files(
     """
     sources, references = _read_lines(source), _read_lines(reference)
     if len(sources) != len(references):
-        raise DataError(f"{source} has {len(sources):,} lines and {reference} {len(references):,}: they must be parallel")
+        raise DataError(
+            f"{source} has {len(sources):,} lines and {reference} {len(references):,}: they must be parallel"
+        )
     if not sources:
         raise DataError(f"{source} is empty: nothing to score")
     _set_threads(threads)
@@ -82,7 +87,11 @@ def evaluate_files(
     outputs = _decode(run, sources, decoding)
     if output:
         Path(output).write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
-    return {**_scores(outputs, references), "loss": _reference_loss(run, sources, references), "sentences": len(sources)}
+    return {
+        **_scores(outputs, references),
+        "loss": _reference_loss(run, sources, references),
+        "sentences": len(sources),
+    }
 
 
 def _scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
@@ -91,12 +100,19 @@ def _scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
     bleu = sacrebleu.metrics.BLEU()
     bleu.corpus_score(list(outputs), [list(references)])
     scores = score_texts(outputs, references)
-    return {"bleu": round(scores["bleu"], 2), "chrf": round(scores["chrf"], 2), "signature": str(bleu.get_signature())}
+    return {
+        "bleu": round(scores["bleu"], 2),
+        "chrf": round(scores["chrf"], 2),
+        "signature": str(bleu.get_signature()),
+    }
 
 
 def _decode(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object]) -> list[str]:
     config = run.config.generate.model_copy(update=dict(decoding))
-    lengths = {"max_source_len": run.config.data.max_source_len, "max_target_len": run.config.data.max_target_len}
+    lengths: dict[str, Any] = {
+        "max_source_len": run.config.data.max_source_len,
+        "max_target_len": run.config.data.max_target_len,
+    }
     if run.config.data.objective != "pairs":
         from dist_transformer.generate.spans import fill_texts
 
@@ -110,7 +126,10 @@ def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequenc
     data, device = run.config.data, run.device
     pairs = sorted(
         (
-            (run.tokenizer.encode(s)[: data.max_source_len - 1], run.tokenizer.encode(r)[: data.max_target_len - 1])
+            (
+                run.tokenizer.encode(s)[: data.max_source_len - 1],
+                run.tokenizer.encode(r)[: data.max_target_len - 1],
+            )
             for s, r in zip(sources, references, strict=True)
         ),
         key=lambda pair: len(pair[0]) + len(pair[1]),
@@ -161,10 +180,9 @@ def _read_lines(name: str) -> list[str]:
 def _lines(path: Path) -> Iterator[str]:
     import gzip
 
-    text = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with text as stream:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
         for line in stream:
-            yield line.rstrip("\r\n")
+            yield line.decode("utf-8").rstrip("\r\n")
 
 
 def _set_threads(threads: int | None) -> None:

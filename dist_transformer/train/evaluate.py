@@ -87,14 +87,15 @@ def _loss(engine: Engine, config: Config) -> dict[str, float]:
     return {
         "loss": cross_entropy / max(1.0, n_tokens),
         "accuracy": n_correct / max(1.0, n_tokens),
-        "target_tokens": n_tokens,
     }
 
 
 def _decode(engine: Engine, config: Config, tokenizer: TextTokenizer, n_sentences: int) -> list[Sample]:
     """Decode the first held-out samples, shared out over data-parallel ranks."""
     mesh, is_pairs = engine.mesh, config.data.objective == "pairs"
-    examples = _held_out_pairs(config, tokenizer, n_sentences) if is_pairs else _corrupted(config, n_sentences)
+    examples = (
+        _held_out_pairs(config, tokenizer, n_sentences) if is_pairs else _corrupted(config, n_sentences)
+    )
     mine = [example.source_ids for example in examples[mesh.dp_rank :: mesh.dp_size]]
     with engine.whole_model() as model:
         found = search_sources(
@@ -112,7 +113,9 @@ def _decode(engine: Engine, config: Config, tokenizer: TextTokenizer, n_sentence
     gathered = gather_objects([decode(hypotheses[0].tokens) for hypotheses in found], mesh)
     outputs = [gathered[(i % mesh.dp_size) * mesh.tp_size][i // mesh.dp_size] for i in range(len(examples))]
     return [
-        Sample(example.source or decode(example.source_ids), output, example.target or decode(example.target_ids))
+        Sample(
+            example.source or decode(example.source_ids), output, example.target or decode(example.target_ids)
+        )
         for example, output in zip(examples, outputs, strict=True)
     ]
 

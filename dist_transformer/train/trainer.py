@@ -58,7 +58,9 @@ def train(config: Config) -> None:
             if outlets.console is not None:
                 outlets.console.close()
             if outlets.log is not None:
-                outlets.log.close(exit_code=143 if stopped and not exit_code else exit_code, preempted=stopped)
+                outlets.log.close(
+                    exit_code=143 if stopped and not exit_code else exit_code, preempted=stopped
+                )
         barrier(mesh)
 
 
@@ -98,17 +100,23 @@ class Trainer:
     def run(self) -> None:
         """All steps that are left."""
         self._say_hello()
+        with contextlib.closing(self.stream):
+            self._run()
+
+    def _run(self) -> None:
         if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
             self.evaluation.run(0)
-        with contextlib.closing(self._global_batches()) as batches:
-            while self.state.step < self.config.train.steps:
-                report = self._step(batches)
-                for hook in self.hooks:
-                    hook.after_step(report)
-                self.bad_steps.check(report.step)
-                if report.is_last and report.step < self.config.train.steps:
-                    self.outlets.message(f"stopped by {self._why()} after step {report.step:,}: saved, resume with the same command")
-                    return
+        batches = self._global_batches()
+        while self.state.step < self.config.train.steps:
+            report = self._step(batches)
+            for hook in self.hooks:
+                hook.after_step(report)
+            self.bad_steps.check(report.step)
+            if report.is_last and report.step < self.config.train.steps:
+                self.outlets.message(
+                    f"stopped by {self._why()} after step {report.step:,}: saved; the same command goes on"
+                )
+                return
         self.outlets.message(f"done: {self.config.train.steps:,} steps in {self.config.run.dir}")
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
@@ -142,9 +150,11 @@ class Trainer:
             hashes & 0xFFFFFFFF,
         ]
         values = torch.tensor(local, dtype=torch.int64, device=self.mesh.device)
-        *counts, stop, high, low = sum_over_data_parallel(values, self.mesh).tolist()
+        n_source, n_target, n_pairs, n_positions, stop, high, low = sum_over_data_parallel(
+            values, self.mesh
+        ).tolist()
         combined = ((high << 32) + low) % 2**64 if wants_fingerprint else None
-        return StepTotals(*counts, fingerprint=combined), stop > 0
+        return StepTotals(n_source, n_target, n_pairs, n_positions, combined), stop > 0
 
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""

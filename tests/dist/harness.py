@@ -18,8 +18,17 @@ from dist_transformer.parallel.mesh import Mesh, open_mesh
 LIMIT_S = 150
 
 
-def _rank_main(rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
+def _rank_main(
+    rank: int,
+    world_size: int,
+    store: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES=""
+    )
     torch.set_num_threads(1)
     try:
         with open_mesh(init_method=f"file://{store}") as mesh:
@@ -36,7 +45,9 @@ def _to_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S
+) -> list[Any]:
     """`function(mesh, *arguments)` on every rank; returns their results in rank order.
 
     Raises:
@@ -48,7 +59,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, li
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, store, function, arguments, results), daemon=True)
+            context.Process(
+                target=_rank_main, args=(rank, world_size, store, function, arguments, results), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -59,7 +72,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, li
                 assert error is None, f"rank {rank} failed:\n{error}"
                 found[rank] = torch.load(io.BytesIO(value), weights_only=False)
         except queue.Empty:
-            raise AssertionError(f"ranks still running after {limit_s} s: {sorted(set(range(world_size)) - set(found))}") from None
+            raise AssertionError(
+                f"ranks still running after {limit_s} s: {sorted(set(range(world_size)) - set(found))}"
+            ) from None
         finally:
             for process in ranks:
                 process.join(timeout=10 if len(found) == world_size else 0)

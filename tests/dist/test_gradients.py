@@ -39,7 +39,15 @@ class Outcome:
 
 
 def config_of(preset: str, split: Split, n_rows: int) -> Config:
-    small = {"d_model": 32, "d_ff": 48, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "n_encoder_layers": 2, "n_decoder_layers": 2}
+    small = {
+        "d_model": 32,
+        "d_ff": 48,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "n_encoder_layers": 2,
+        "n_decoder_layers": 2,
+    }
     return build_config(
         {
             "run": {"dir": "unused"},
@@ -54,7 +62,14 @@ def config_of(preset: str, split: Split, n_rows: int) -> Config:
                 "z_loss": 1e-3,
                 "clip": 0.5,
             },
-            "optimizer": {"name": split.optimizer, "lr": 0.01, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.01, "eps": 1e-6},
+            "optimizer": {
+                "name": split.optimizer,
+                "lr": 0.01,
+                "warmup_steps": 0,
+                "schedule": "constant",
+                "weight_decay": 0.01,
+                "eps": 1e-6,
+            },
             "parallel": {"zero_stage": split.zero_stage, "offload": split.offload},
             "recompute": {"encoder": split.recompute, "decoder": split.recompute},
         }
@@ -65,7 +80,10 @@ def samples() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     lengths = [(14, 3), (5, 11), (9, 9), (14, 11), (2, 1), (7, 4), (11, 2), (3, 6)]
     return [
-        (torch.randint(3, VOCAB, (s,), generator=generator), torch.randint(3, VOCAB, (t,), generator=generator))
+        (
+            torch.randint(3, VOCAB, (s,), generator=generator),
+            torch.randint(3, VOCAB, (t,), generator=generator),
+        )
         for s, t in lengths
     ]
 
@@ -73,7 +91,9 @@ def samples() -> list[tuple[Tensor, Tensor]]:
 def rows_of(packed: bool) -> Batch:
     """All samples: one to a row, or two to a row; padded rows fill up to eight, so that every split has its share."""
     chosen = samples()
-    groups = [chosen[i : i + 2] for i in range(0, N_SAMPLES, 2)] if packed else [[sample] for sample in chosen]
+    groups = (
+        [chosen[i : i + 2] for i in range(0, N_SAMPLES, 2)] if packed else [[sample] for sample in chosen]
+    )
     groups += [[] for _ in range(N_SAMPLES - len(groups))]
     source_len, target_len = (2 * SOURCE_LEN, 2 * TARGET_LEN) if packed else (SOURCE_LEN, TARGET_LEN)
     shapes = [(len(groups), source_len)] * 3 + [(len(groups), target_len)] * 4
@@ -83,7 +103,11 @@ def rows_of(packed: bool) -> Batch:
         at_source = at_target = 0
         for number, (s, t) in enumerate(group, start=1):
             place, to = slice(at_source, at_source + len(s)), slice(at_target, at_target + len(t))
-            source[row, place], source_segments[row, place], source_positions[row, place] = s, number, torch.arange(len(s))
+            source[row, place], source_segments[row, place], source_positions[row, place] = (
+                s,
+                number,
+                torch.arange(len(s)),
+            )
             targets[row, to], segments[row, to], positions[row, to] = t, number, torch.arange(len(t))
             inputs[row, to] = torch.cat([torch.tensor([PAD_ID]), t[:-1]])
             at_source, at_target = at_source + len(s), at_target + len(t)
@@ -146,7 +170,12 @@ ONE_RANK = [
 ]
 TWO_RANKS = [
     Split(ranks=2, micro_batch_size=4, zero_stage=stage, recompute=recompute, packed=packed)
-    for stage, recompute, packed in [(0, "none", False), (1, "none", False), (2, "none", True), (3, "full", False)]
+    for stage, recompute, packed in [
+        (0, "none", False),
+        (1, "none", False),
+        (2, "none", True),
+        (3, "full", False),
+    ]
 ] + [
     Split(ranks=2, micro_batch_size=2, zero_stage=2, recompute="full"),
     Split(ranks=2, micro_batch_size=2, zero_stage=3, packed=True),
@@ -168,7 +197,9 @@ def test_every_split_gives_the_same_step(preset: str) -> None:
 
 def test_rms_scaled_adamw_is_the_same_in_every_stage() -> None:
     """ZeRO hands the optimizer flat pieces; the scale of each step must still be each parameter's own."""
-    splits = [Split(ranks=2, micro_batch_size=4, zero_stage=stage, optimizer="adamw_rms") for stage in (1, 2, 3)]
+    splits = [
+        Split(ranks=2, micro_batch_size=4, zero_stage=stage, optimizer="adamw_rms") for stage in (1, 2, 3)
+    ]
     [[expected]] = run_ranks(1, outcomes, "t5_v1_1_small", [Split(optimizer="adamw_rms")])
     for split, actual in zip(splits, run_ranks(2, outcomes, "t5_v1_1_small", splits)[0], strict=True):
         compare(actual, expected, split)
@@ -176,7 +207,9 @@ def test_rms_scaled_adamw_is_the_same_in_every_stage() -> None:
 
 def test_bf16_follows_fp32_in_every_stage() -> None:
     """Master weights in fp32: losses stay within bf16's rounding of the fp32 run's, in every stage alike."""
-    splits = [Split(ranks=2, micro_batch_size=4, zero_stage=stage, precision="bf16") for stage in (0, 1, 2, 3)]
+    splits = [
+        Split(ranks=2, micro_batch_size=4, zero_stage=stage, precision="bf16") for stage in (0, 1, 2, 3)
+    ]
     [[expected]] = run_ranks(1, outcomes, "modern_small", [Split()])
     for split, actual in zip(splits, run_ranks(2, outcomes, "modern_small", splits)[0], strict=True):
         assert actual.losses == pytest.approx(expected.losses, rel=1e-2), split

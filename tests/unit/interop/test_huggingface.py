@@ -58,7 +58,9 @@ def test_logits_equal_huggingface(name: str) -> None:
     theirs = huggingface_twin(name).eval()
     ours = EncoderDecoder(preset(name)).eval()
     names = [parameter for parameter, _ in ours.named_parameters()]
-    ours.load_state_dict(from_huggingface(theirs.state_dict(), names, name.split("_")[0].replace("vaswani2017", "marian")))
+    ours.load_state_dict(
+        from_huggingface(theirs.state_dict(), names, name.split("_")[0].replace("vaswani2017", "marian"))
+    )
 
     source = torch.randint(2, VOCAB, (N_ROWS, N_SOURCE))
     target = torch.randint(2, VOCAB, (N_ROWS, N_TARGET))
@@ -69,7 +71,12 @@ def test_logits_equal_huggingface(name: str) -> None:
         segments = is_source.int()
         positions = torch.arange(64).expand(N_ROWS, 64)
         hidden = ours(
-            source, segments, positions[:, :N_SOURCE], target, torch.ones_like(target), positions[:, :N_TARGET]
+            source,
+            segments,
+            positions[:, :N_SOURCE],
+            target,
+            torch.ones_like(target),
+            positions[:, :N_TARGET],
         )
         actual = ours.logits(hidden)
     assert expected.std() > 0.1  # not trivially equal
