@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_transformer.data.batch import Cursor
 from dist_transformer.data.lanes import LaneReader, RowPlan
+from dist_transformer.data.pool import exit_with_parent
 from dist_transformer.data.rows import PlacedRows, Rows
 from dist_transformer.errors import DataError
 
@@ -161,6 +162,7 @@ def _prepare_worker(_: int) -> None:
     torch.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    exit_with_parent()
     raise_open_file_limit()
 
 

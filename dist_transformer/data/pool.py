@@ -52,14 +52,22 @@ def run_tasks(function: Callable[[T], R], tasks: Sequence[T], n_workers: int) ->
 def _prepare_worker() -> None:
     # One process per core: threads of the tokenizer would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def exit_with_parent() -> None:
+    """Let this process end at once when the one that started it does, even by SIGKILL.
+
+    A thread waits for the pipe that the parent holds to close. Looking at the parent's id would not do: under
+    a fork server the parent in the system's eyes is the server.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_and_exit(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 @contextmanager

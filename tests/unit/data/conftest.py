@@ -13,7 +13,27 @@ from dist_transformer.data.tokenizer import TextTokenizer
 
 CORPORA = Path(__file__).resolve().parents[3] / "../shared/data"
 
-WORDS = "the a small red house stands near old river and nobody knows who built it or why they left".split()
+WORDS = [
+    "the",
+    "a",
+    "small",
+    "red",
+    "house",
+    "stands",
+    "near",
+    "old",
+    "river",
+    "and",
+    "nobody",
+    "knows",
+    "who",
+    "built",
+    "it",
+    "or",
+    "why",
+    "they",
+    "left",
+]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
@@ -63,7 +83,9 @@ def make_shards(tokenizer: TextTokenizer) -> MakeShards:
     return make
 
 
-def numbered_pairs(n_shards: int, n_samples: Callable[[int], int], seed: int = 0) -> list[list[tuple[np.ndarray, ...]]]:
+def numbered_pairs(
+    n_shards: int, n_samples: Callable[[int], int], seed: int = 0
+) -> list[list[tuple[np.ndarray, ...]]]:
     """Pairs that can be told apart: the source begins with the sample's number in base 200."""
     rng = np.random.default_rng(seed)
     shards, number = [], 0
