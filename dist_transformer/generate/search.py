@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_transformer.data.batch import EOS_ID, PAD_ID
@@ -95,10 +95,12 @@ class _Vocabulary(NamedTuple):
     n_vocab: int
     forbidden: Tensor
 
-    def mask(self, logits_RV: Tensor) -> None:
-        """Rule out, in place, what may not be emitted."""
-        logits_RV[:, self.n_vocab :] = _DEAD
-        logits_RV[:, self.forbidden] = _DEAD
+    def log_p(self, logits_RV: Tensor) -> Tensor:
+        """The model's log-probabilities [R, V] in float32, -inf for what may not be emitted."""
+        log_p_RV = logits_RV.log_softmax(dim=-1, dtype=torch.float32)
+        log_p_RV[:, self.n_vocab :] = _DEAD
+        log_p_RV[:, self.forbidden] = _DEAD
+        return log_p_RV
 
 
 def _greedy(
@@ -113,11 +115,8 @@ def _greedy(
     last_B1 = torch.full((n_sources, 1), PAD_ID, device=device)
     cache = model.start(source_BS, max_len)
     for length in range(1, max_len + 1):
-        logits_BV = model.step(last_B1, cache)[:, -1].float()
-        log_z_B = _log_z(logits_BV)
-        vocabulary.mask(logits_BV)
-        best_B, token_B = logits_BV.max(dim=-1)
-        log_p_B = log_p_B + best_B - log_z_B
+        best_B, token_B = vocabulary.log_p(model.step(last_B1, cache)[:, -1]).max(dim=-1)
+        log_p_B = log_p_B + best_B
         tokens_BL[:, length - 1] = token_B
         last_B1 = token_B[:, None]
         ends_B = (token_B == EOS_ID) | (length == max_len)
@@ -165,7 +164,7 @@ class _BeamSearch:
 
     def run(self) -> list[list[Hypothesis]]:
         for length in range(1, self.max_len + 1):
-            logits_RV = self.model.step(self.last_BN.view(-1, 1), self.cache)[:, -1].float()
+            logits_RV = self.model.step(self.last_BN.view(-1, 1), self.cache)[:, -1]
             log_p_BC, parent_BC, token_BC = self._candidates(logits_RV)
             ends_BC = (token_BC == EOS_ID) | (length == self.max_len)
             self._finish(log_p_BC, parent_BC, token_BC, ends_BC, length)
@@ -182,14 +181,12 @@ class _BeamSearch:
         """The best C = 2N extensions of each source: log-probability, hypothesis, token, [B, C] each."""
         n_sources = self.log_p_BN.shape[0]
         n_candidates = 2 * self.beam_size
-        log_z_R = _log_z(logits_RV)
-        self.vocabulary.mask(logits_RV)
-        # Within a hypothesis logits rank as log-probabilities do: only the best few of each need normalising.
-        logit_RC, token_RC = _top_k(logits_RV, min(n_candidates, logits_RV.shape[1]))
-        log_p_RC = logit_RC + (self.log_p_BN.view(-1) - log_z_R)[:, None]
+        # The best of all extensions are among the best of each hypothesis: what it has so far is added to few.
+        best_RC, token_RC = _top_k(self.vocabulary.log_p(logits_RV), min(n_candidates, logits_RV.shape[1]))
+        log_p_RC = best_RC + self.log_p_BN.view(-1, 1)
         log_p_BX, token_BX = log_p_RC.view(n_sources, -1), token_RC.view(n_sources, -1)
         log_p_BC, place_BC = log_p_BX.topk(min(n_candidates, log_p_BX.shape[1]))
-        parent_BC, token_BC = place_BC // logit_RC.shape[1], token_BX.gather(1, place_BC)
+        parent_BC, token_BC = place_BC // best_RC.shape[1], token_BX.gather(1, place_BC)
         missing = n_candidates - log_p_BC.shape[1]  # of a vocabulary smaller than the beam
         if missing:
             log_p_BC = F.pad(log_p_BC, (0, missing), value=_DEAD)
@@ -271,11 +268,6 @@ def _without_eos(tokens: list[int]) -> list[int]:
 def _pick(x_BNL: Tensor, index_BN: Tensor) -> Tensor:
     """[B, M, L] and [B, N] indices below M to [B, N, L]."""
     return x_BNL.gather(1, index_BN[:, :, None].expand(-1, -1, x_BNL.shape[2]))
-
-
-def _log_z(logits_RV: Tensor) -> Tensor:
-    """The logarithm of each row's softmax denominator, [R]."""
-    return logits_RV.logsumexp(dim=-1)
 
 
 def _top_k(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
