@@ -1,10 +1,11 @@
 """Loader workers: each owns the lanes of its residue and sends chunks of rows; the chunks interleave to one
 order.
 
-Workers are `torch.utils.data.DataLoader` processes started from a fork server. Measured on 2 cores: fork is
-ready in 0.1 s but copies a process that may hold CUDA contexts and the threads of gloo, NCCL and OpenMP,
-whose locks can be taken at that instant; spawn imports torch once for each worker (2 s each); the fork server
-imports it once for all (2 s), is single-threaded, and its children share that memory.
+Workers are `torch.utils.data.DataLoader` processes started from a fork server. Measured on 2 busy cores,
+until two workers are ready: fork 0.05 s, but it copies a process that may hold CUDA contexts and the threads
+of gloo, NCCL and OpenMP, whose locks can be taken at that instant; spawn 6 s, since each worker imports
+torch; fork server 3.4 s the first time and 0.1 s after, since it imports torch once, for all, and its
+children share that memory.
 """
 
 import multiprocessing

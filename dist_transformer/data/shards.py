@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import webdataset
-from webdataset.tariterators import tar_file_iterator
 
 from dist_transformer.data.hashing import Int64
 from dist_transformer.data.manifest import Kind, ShardInfo
@@ -59,6 +57,9 @@ def write_shard(
         dtype: Type of tokens on disk.
         samples: One array for each field.
     """
+    # webdataset imports torch (2 s), which neither the command line nor the tokenising processes need.
+    import webdataset
+
     partial = path.with_name(path.name + ".partial")
     # A time of 0.0 instead of 0 would cost three more tar blocks a member, and half of the reading speed.
     n_samples, n_tokens = 0, [0, 0]
@@ -205,6 +206,8 @@ def read_shard(
 
 def _iterate_samples(file: BinaryIO, path: Path, kind: Kind) -> Iterator[Sample]:
     """Samples of a tar in the order written; the members of a sample stand next to each other."""
+    from webdataset.tariterators import tar_file_iterator
+
     names = FIELDS[kind]
     key = ""
     found: dict[str, bytes] = {}

@@ -42,7 +42,7 @@ def restore(source: list[int], target: list[int]) -> list[int]:
     assert all(spans.values()), "a sentinel without tokens"
     sentinels = [token for token in source if token >= SENTINELS[0]]
     assert sentinels == list(spans) == list(SENTINELS[: len(spans)])
-    return [x for token in source[:-1] for x in (spans[token] if token in spans else [token])]
+    return [x for token in source[:-1] for x in spans.get(token, [token])]
 
 
 def documents(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
