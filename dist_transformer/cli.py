@@ -49,7 +49,7 @@ def build_parser() -> _Parser:
     """All commands and their options."""
     parser = _Parser(
         prog="dist-transformer",
-        description="Pretrain encoder-decoder Transformers on a cluster: text in, a trained, tracked, resumable model out.",
+        description="Pretrain encoder-decoder Transformers on a cluster.",
     )
     parser.add_argument("--version", action="version", version=f"dist-transformer {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -39,22 +39,34 @@ source "$here/env.sh"
 logs=$run_dir/logs/$(date +%Y%m%d-%H%M%S)
 mkdir -p "$logs"
 status=0
-# --standalone takes a free port for the rendezvous; --local-ranks-filter shows rank 0, --tee keeps every rank's output.
+# Rank 0 speaks. On a terminal it gets the screen itself, for its live line; elsewhere its lines are shown and kept.
+# What ranks write to stderr goes to their log files; it is shown below if training fails.
+if [ -t 1 ]; then
+  redirects=0:2
+  for ((rank = 1; rank < nproc; rank++)); do redirects+=,$rank:3; done
+  output=(--redirects "$redirects")
+else
+  output=(--redirects 2 --tee 1 --local-ranks-filter 0)
+fi
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=""  # no "[default0]:" before every line
+# --standalone takes a free port for the rendezvous.
 # USR1 (save and leave) is for the ranks: torchrun itself would die of it, so it ignores it; the ranks set their handler.
 (trap '' USR1; exec "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$nproc" \
-  --log-dir "$logs" --redirects 3 --tee 3 --local-ranks-filter 0 \
-  -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
+  --log-dir "$logs" "${output[@]}" -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
 trap 'pkill -USR1 -P "$child" 2>/dev/null || true' USR1
 # A trapped signal ends `wait` early, so wait until the child is really gone.
 while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
 if [ "$status" -ne 0 ]; then
-  # The rank that failed first wrote first; the others only lost their peer.
-  first=$(find "$logs" -name stderr.log -size +0 -printf '%T@ %p\n' | sort -n | head -n 1 | cut -d' ' -f2-)
-  if [ -n "$first" ] && [ "$(basename "$(dirname "$first")")" != 0 ]; then
-    echo "--- first error, rank $(basename "$(dirname "$first")") ($first)" >&2
-    tail -n 15 "$first" >&2
+  # The rank that failed first has the reason; the others only lost their peer. torchrun's log knows which it was.
+  first=$(sed -n '/Root Cause/,$s/.*local_rank: \([0-9]*\).*/\1/p' "$logs/launcher.log" | head -n 1)
+  reason=$(find "$logs" -path "*/${first:-0}/stderr.log" | head -n 1)
+  if [ -s "$reason" ]; then
+    [ "${first:-0}" = 0 ] || echo "local.sh: rank $first failed first:" >&2
+    tail -n 20 "$reason" >&2
+  else
+    tail -n 20 "$logs/launcher.log" >&2
   fi
   echo "local.sh: training ended with status $status; all ranks' output is in $logs" >&2
 fi

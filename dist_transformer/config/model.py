@@ -113,7 +113,7 @@ class ModelConfig(Section):
     ffn_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout inside the feed-forward, after the activation; null: as `dropout`."""
     init: Literal["xavier", "t5", "normal"] = "xavier"
-    """Initial weights: Glorot uniform (the paper's code), T5's fan-in scheme, or N(0, 0.02) with depth-scaled outputs."""
+    """Initial weights: Glorot uniform (the paper's code), T5's fan-in scheme, or N(0, 0.02), less for outputs."""
 
     def stack(self, side: Side) -> StackConfig:
         """The encoder's or the decoder's full shape, with overrides applied and nulls filled in."""

@@ -78,7 +78,7 @@ class TrainConfig(Section):
     loss_chunk_rows: PositiveInt = 1024
     """Target positions whose logits exist at the same time: bounds the memory of the output projection."""
     init_from: str | None = None
-    """A run directory or checkpoint whose weights the first step starts from (fine-tuning); a fresh optimizer and step 0."""
+    """A run directory or checkpoint whose weights the first step starts from (fine-tuning)."""
 
 
 class OptimizerConfig(Section):

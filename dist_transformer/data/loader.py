@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_transformer.data.batch import Cursor
@@ -121,6 +122,8 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         prefetch_factor=prefetch * n_workers,
         multiprocessing_context="forkserver",
         worker_init_fn=_prepare_worker,
+        # Its own: drawing the workers' seed from the default one would shift dropout after a resume.
+        generator=torch.Generator(),
     )
     # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by
     # column.

@@ -126,8 +126,8 @@ def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:
         was, now = getattr(saved, name), getattr(config.model, name)
         if was != now:
             raise CheckpointError(
-                f"{path} is a checkpoint of another model: model.{name} is {was} there and {now} in this configuration; "
-                f"set it back, or start a new run with another run.dir"
+                f"{path} is a checkpoint of another model: model.{name} is {was} there "
+                f"and {now} in this configuration; set it back, or start a new run with another run.dir"
             )
     layout = _layout(config, mesh)
     for name, was in description["layout"].items():
@@ -139,7 +139,7 @@ def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:
 
 
 def load_checkpoint(engine: Engine, path: Path) -> TrainerState:
-    """Weights, optimizer and this rank's random generators from a checkpoint. A collective; `check_checkpoint` first."""
+    """Weights, optimizer and random generators from a checkpoint that `check_checkpoint` accepts. A collective."""
     mesh = engine.mesh
     error: Exception | None = None
     try:

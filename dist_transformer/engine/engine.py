@@ -1,13 +1,11 @@
 """One optimizer update over a list of micro-batches: DeepSpeed ZeRO underneath, token-exact loss on top."""
 
-import logging
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor
 
@@ -21,18 +19,6 @@ from dist_transformer.model import EncoderDecoder, build_model, initialize
 from dist_transformer.parallel.cross_entropy import TokenLoss
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.parallel.recompute import apply_recompute
-
-# DeepSpeed reads these while it is imported.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-import deepspeed  # noqa: E402
-
-deepspeed.utils.logger.setLevel(logging.ERROR)
-# DeepSpeed calls collectives that newer versions of torch have renamed, and torch says so at every call.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# On CPU, DeepSpeed would compile a shared-memory collective in C++ for minutes on first use; gloo serves.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass
@@ -131,7 +117,7 @@ class Engine:
 
     @contextmanager
     def whole_model(self) -> Iterator[EncoderDecoder]:
-        """The model in evaluation mode with all its parameters on this rank, for decoding. A collective under ZeRO 3."""
+        """The model in evaluation mode with all parameters on this rank, for decoding. A collective under ZeRO 3."""
         self.deepspeed.eval()
         if self.config.parallel.zero_stage < 3:
             yield self.model
@@ -140,7 +126,7 @@ class Engine:
             yield self.model
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient, averaged over ranks as the update would see it, after `accumulate`. A collective."""
+        """Every parameter's gradient as the update would see it, after `accumulate`. A collective."""
         is_sharded = self.config.parallel.zero_stage > 0
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():

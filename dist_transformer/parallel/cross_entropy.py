@@ -104,24 +104,25 @@ def _chunk(
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (objective, cross-entropy, correct) of some rows and d objective / d logits; overwrites the logits."""
-    log_z = torch.logsumexp(logits, dim=-1)
+    largest = logits.amax(dim=-1)
     gold = logits.gather(1, targets[:, None]).squeeze(1)
+    mean = logits.mean(dim=-1) if label_smoothing else None
+    # One exponential serves the normaliser and the gradient.
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    total = exponentials.sum(dim=-1)
+    log_z = largest + total.log()
     cross_entropy = log_z - gold
     objective = (1 - label_smoothing) * cross_entropy + z_loss * log_z.square()
-    if label_smoothing:
-        objective = objective + label_smoothing * (log_z - logits.mean(dim=-1))
-    correct = logits.argmax(dim=-1) == targets
-    sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, correct)]).float()
+    if mean is not None:
+        objective = objective + label_smoothing * (log_z - mean)
+    sums = torch.stack(
+        [(term * counts).sum() for term in (objective, cross_entropy, gold == largest)]
+    ).float()
     if not needs_gradient:
         return sums, None
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
-    gradient = logits.sub_(log_z[:, None]).exp_()
-    if z_loss:
-        gradient.mul_((1 + 2 * z_loss * log_z)[:, None])
+    gradient = exponentials.mul_((counts * (1 + 2 * z_loss * log_z) / total)[:, None])
     if label_smoothing:
-        gradient.sub_(label_smoothing / logits.shape[1])
-    gradient.scatter_add_(
-        1, targets[:, None], torch.full_like(targets, label_smoothing - 1, dtype=gradient.dtype)[:, None]
-    )
-    gradient.mul_(counts[:, None])
+        gradient.sub_((counts * (label_smoothing / logits.shape[1]))[:, None])
+    gradient.scatter_add_(1, targets[:, None], (counts * (label_smoothing - 1.0))[:, None])
     return sums, gradient

@@ -50,7 +50,7 @@ class TrainedRun:
 def generate_lines(
     path: Path, input_: str | None, output: str | None, decoding: Mapping[str, object], threads: int | None
 ) -> None:
-    """Read lines, write one line for each. A denoising model fills the gaps (`___`) of a line; the others translate it."""
+    """Read lines, write one line for each: the gaps (`___`) filled by a denoising model, else the translation."""
     _set_threads(threads)
     run = TrainedRun(path)
     with contextlib.ExitStack() as stack:

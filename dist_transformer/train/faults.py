@@ -40,6 +40,6 @@ class BadSteps:
         """
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"step {step}: loss or gradient was not finite in {self.in_a_row} updates in a row: the run has diverged. "
-                f"The last checkpoint is from before; lower optimizer.lr or raise optimizer.warmup_steps"
+                f"step {step}: loss or gradient was not finite in {self.in_a_row} updates in a row: "
+                f"the run has diverged. Go on from the last checkpoint with a lower optimizer.lr or a longer warm-up"
             )

@@ -20,7 +20,7 @@ def huggingface_twin(name: str) -> torch.nn.Module:
     config = preset(name)
     shape = config.stack("encoder")
     if name.startswith("t5"):
-        return T5ForConditionalGeneration(
+        twin = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=VOCAB,
                 d_model=shape.d_model,
@@ -32,6 +32,9 @@ def huggingface_twin(name: str) -> torch.nn.Module:
                 tie_word_embeddings=False,
             )
         )
+        # transformers 5 ties the output projection whatever the configuration says; T5 v1.1 has one of its own.
+        twin.lm_head.weight = torch.nn.Parameter(torch.randn_like(twin.lm_head.weight))
+        return twin
     return MarianMTModel(
         MarianConfig(
             vocab_size=VOCAB,

@@ -1,0 +1,116 @@
+"""A run that is killed and comes back is the run that was never killed, bit for bit."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
+from dist_transformer.tracking import read_metrics
+from tests.e2e.conftest import ROOT, command, environment, launch, steps_of
+
+WriteConfig = Callable[..., Path]
+COMPARED = ("train/loss", "train/grad_norm", "train/lr", "trainer/tokens_seen", "data/fingerprint")
+
+
+def losses(run_dir: Path) -> dict[int, tuple[object, ...]]:
+    steps = steps_of(read_metrics(run_dir))
+    return {step: tuple(row[key] for key in COMPARED) for step, row in steps.items()}
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float = 200) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def last_step(run_dir: Path) -> int:
+    return max(losses(run_dir), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def start(*arguments: str | Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [str(ROOT / "launch" / "local.sh"), *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_and_resumed_equals_uninterrupted(
+    stage: int, tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    config = write_config(pair_shards, parallel={"zero_stage": stage}, data={"fingerprint": True})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = launch(config, "--nproc", 2, f"run.dir={whole}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    process = start(config, "--nproc", 2, f"run.dir={broken}")
+    wait_for(lambda: last_step(broken) >= 24)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # torchrun's ranks have sessions of their own; a killed machine would take them too.
+    subprocess.run(["pkill", "-KILL", "-f", f"run.dir={broken}"], check=False)
+    latest = latest_checkpoint(broken)
+    assert latest is not None
+    assert latest.name == "step-00000020"
+    again = launch(config, "--nproc", 2, f"run.dir={broken}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming after step 20" in again.stdout
+
+    expected, actual = losses(whole), losses(broken)
+    assert sorted(expected) == list(range(1, 41))
+    assert actual == expected
+    first, second = (load_weights(run / "checkpoints" / "step-00000040") for run in (whole, broken))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000020",
+        "step-00000040",
+    ]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    config = write_config(pair_shards, train={"steps": 4000}, checkpoint={"every": 3900})
+    run_dir = tmp_path / "run"
+    process = start(config, "--nproc", 2)
+    wait_for(lambda: last_step(run_dir) >= 3)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=100) == 0
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    stopped_at = int(checkpoint.name.removeprefix("step-"))
+    assert 3 <= stopped_at < 3900
+    done = launch(config, "--nproc", 2, f"train.steps={stopped_at + 5}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(losses(run_dir)) == list(range(1, stopped_at + 6))
+
+
+def test_one_process_is_enough(pair_shards: Path, write_config: WriteConfig, tmp_path: Path) -> None:
+    """No torchrun: `dist-transformer train` by itself; then fine-tuning from its weights."""
+    config = write_config(pair_shards, train={"steps": 3})
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    assert "done: 3 steps" in done.stdout
+    tuned = command(
+        "train",
+        config,
+        f"run.dir={tmp_path / 'tuned'}",
+        f"train.init_from={tmp_path / 'run'}",
+        "train.steps=1",
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    before = read_metrics(tmp_path / "run")
+    after = read_metrics(tmp_path / "tuned")
+    assert steps_of(after)[1]["train/loss"] < steps_of(before)[1]["train/loss"]
