@@ -272,7 +272,7 @@ def _prepare_text(options: argparse.Namespace) -> None:
         eval_files=options.eval_files,
         **_prepare_options(options),
     )
-    print(summary)
+    _print_prepared(summary)
 
 
 def _prepare_pairs(options: argparse.Namespace) -> None:
@@ -288,7 +288,21 @@ def _prepare_pairs(options: argparse.Namespace) -> None:
         eval_target=options.eval_target,
         **_prepare_options(options),
     )
-    print(summary)
+    _print_prepared(summary)
+
+
+def _print_prepared(summary: Any) -> None:
+    tokens = f"{summary.n_source_tokens:,} tokens"
+    if summary.kind == "pairs":
+        tokens = f"{summary.n_source_tokens:,} source and {summary.n_target_tokens:,} target tokens"
+    print(
+        f"{summary.out}: {summary.n_samples:,} samples in {summary.n_shards} shards, {tokens}, "
+        f"{summary.n_eval_samples:,} held out, vocabulary of {summary.vocab_size:,}, {summary.seconds:.1f} s"
+    )
+    for count, what in ((summary.n_empty, "empty and left out"), (summary.n_split, "longer and split")):
+        if count:
+            print(f"{count:,} {what}")
+    print(f"train on it: dist-transformer train CONFIG.yaml data.train={summary.out} data.eval={summary.out}")
 
 
 def _prepare_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,6 +326,11 @@ def _train(options: argparse.Namespace) -> None:
     from dist_transformer.train.trainer import train
 
     train(config)
+    # Everything is written and every rank is done. What is left of gloo's and NCCL's threads may abort the
+    # process while the interpreter takes them down ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -93,6 +93,8 @@ def save_checkpoint(engine: Engine, state: TrainerState, keep: int) -> Path:
     torch.save(_rng_state(mesh), partial / f"rng-{mesh.rank:05d}.pt")
     barrier(mesh)
     if mesh.is_rank_zero:
+        for script in root.glob("*.py"):
+            script.unlink()  # DeepSpeed leaves its conversion scripts beside the checkpoints; `load_weights` serves
         _write_json(
             partial / "trainer.json",
             {"format": _FORMAT, "state": asdict(state), **_description(config, mesh)},

@@ -20,7 +20,7 @@ COMPARED = ("train/loss", "train/grad_norm", "train/lr", "trainer/tokens_seen", 
 
 def losses(run_dir: Path) -> dict[int, tuple[object, ...]]:
     steps = steps_of(read_metrics(run_dir))
-    return {step: tuple(row[key] for key in COMPARED) for step, row in steps.items()}
+    return {step: tuple(row.get(key) for key in COMPARED) for step, row in steps.items()}
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 200) -> None:
