@@ -119,11 +119,17 @@ class Engine:
     def whole_model(self) -> Iterator[EncoderDecoder]:
         """The model in evaluation mode with all parameters on this rank, for decoding. A collective under ZeRO 3."""
         self.deepspeed.eval()
-        if self.config.parallel.zero_stage < 3:
-            yield self.model
-            return
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
-            yield self.model
+        yield self.model if self.config.parallel.zero_stage < 3 else self._copy_of_model()
+
+    def _copy_of_model(self) -> EncoderDecoder:
+        """A copy without ZeRO 3's hooks: they would gather in every decoding step, and ranks take different numbers."""
+        copy = build_model(self.config.model)
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                value = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            module_name, _, attribute = name.rpartition(".")
+            setattr(copy.get_submodule(module_name), attribute, value)
+        return copy.eval()
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient as the update would see it, after `accumulate`. A collective."""
