@@ -41,23 +41,21 @@ mkdir -p "$logs"
 status=0
 # Rank 0 speaks. On a terminal it gets the screen itself, for its live line; elsewhere its lines are shown and kept.
 # What ranks write to stderr goes to their log files; it is shown below if training fails.
-if [ -t 1 ]; then
-  redirects=0:2
-  for ((rank = 1; rank < nproc; rank++)); do redirects+=,$rank:3; done
-  output=(--redirects "$redirects")
-else
-  output=(--redirects 2 --tee 1 --local-ranks-filter 0)
-fi
-export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=""  # no "[default0]:" before every line
+redirects=0:2
+for ((rank = 1; rank < nproc; rank++)); do redirects+=,$rank:3; done
+[ -t 1 ] || exec > >(exec tee "$logs/rank-0.log")
 # --standalone takes a free port for the rendezvous.
 # USR1 (save and leave) is for the ranks: torchrun itself would die of it, so it ignores it; the ranks set their handler.
 (trap '' USR1; exec "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$nproc" \
-  --log-dir "$logs" "${output[@]}" -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
+  --log-dir "$logs" --redirects "$redirects" -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
 trap 'pkill -USR1 -P "$child" 2>/dev/null || true' USR1
 # A trapped signal ends `wait` early, so wait until the child is really gone.
-while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+while true; do
+  wait "$child" && status=0 || status=$?
+  kill -0 "$child" 2>/dev/null || break
+done
 if [ "$status" -ne 0 ]; then
   # The rank that failed first has the reason; the others only lost their peer. torchrun's log knows which it was.
   first=$(sed -n '/Root Cause/,$s/.*local_rank: \([0-9]*\).*/\1/p' "$logs/launcher.log" | head -n 1)
