@@ -45,12 +45,16 @@ redirects=0:2
 for ((rank = 1; rank < nproc; rank++)); do redirects+=,$rank:3; done
 [ -t 1 ] || exec > >(exec tee "$logs/rank-0.log")
 # --standalone takes a free port for the rendezvous.
-# USR1 (save and leave) is for the ranks: torchrun itself would die of it, so it ignores it; the ranks set their handler.
-(trap '' USR1; exec "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$nproc" \
+# A request to stop goes to the ranks, as USR1: they save and end with 0, and so does torchrun. Torchrun itself would
+# die of it, so it ignores it (ranks set their own handler), and ctrl-C does not reach its session.
+(trap '' USR1; exec setsid "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$nproc" \
   --log-dir "$logs" --redirects "$redirects" -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
 child=$!
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
-trap 'pkill -USR1 -P "$child" 2>/dev/null || true' USR1
+stop() {
+  trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM  # the second time: at once
+  pkill -USR1 -P "$child" 2>/dev/null || true
+}
+trap stop TERM INT USR1
 # A trapped signal ends `wait` early, so wait until the child is really gone.
 while true; do
   wait "$child" && status=0 || status=$?

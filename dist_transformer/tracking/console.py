@@ -110,6 +110,7 @@ class _StepClock:
         self._step = start_step
         self._then: float | None = None
         self._seconds: float | None = None
+        self._n_reports = 0
 
     def train(self, step: int, step_time: Any) -> None:
         now = self._clock()
@@ -120,8 +121,11 @@ class _StepClock:
         elif self._then is not None and n_steps > 0:
             measured = (now - self._then) / n_steps
         if measured is not None:
-            # About the last ten reports count; the first one alone decides at the beginning.
-            self._seconds = measured if self._seconds is None else 0.9 * self._seconds + 0.1 * measured
+            # About the last ten reports count. The first holds the start (loader, caches): it serves until there
+            # is a second one, and is then forgotten.
+            is_early = self._seconds is None or self._n_reports == 1
+            self._seconds = measured if is_early else 0.9 * (self._seconds or 0.0) + 0.1 * measured
+            self._n_reports += 1
         self._step, self._then = step, now
 
     def pause(self) -> None:

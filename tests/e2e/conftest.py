@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240
+WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -58,10 +59,7 @@ def environment() -> dict[str, str]:
 
 def sentence(generator: random.Random) -> tuple[str, str]:
     """A toy translation: words of one alphabet to words of another, in reverse order."""
-    words = [
-        generator.choice("alpha bravo charlie delta echo foxtrot golf hotel india juliet".split())
-        for _ in range(generator.randint(2, 9))
-    ]
+    words = [generator.choice(WORDS) for _ in range(generator.randint(2, 9))]
     return " ".join(words), " ".join(word.upper()[::-1] for word in reversed(words))
 
 
@@ -94,8 +92,8 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     sources = sorted((ROOT / "dist_transformer").rglob("*.py"))
     done = command(
-        "prepare", "text", *sources, "--documents", "file", "--vocab-size", 600, "--shards", 4, "--max-document-tokens", 200,
-        "--out", folder / "shards",
+        "prepare", "text", *sources, "--documents", "file", "--vocab-size", 600, "--shards", 4,
+        "--max-document-tokens", 200, "--out", folder / "shards",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "shards"
@@ -112,8 +110,13 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
                 "preset": "modern_small", "d_model": 32, "d_ff": 64, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16,
                 "n_encoder_layers": 2, "n_decoder_layers": 2, "dropout": 0.1,
             },
-            "data": {"train": str(shards), "eval": str(shards), "objective": objective, "max_source_len": 64, "max_target_len": 64, "window": 64},
-            "train": {"steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "label_smoothing": 0.1},
+            "data": {
+                "train": str(shards), "eval": str(shards), "objective": objective,
+                "max_source_len": 64, "max_target_len": 64, "window": 64,
+            },
+            "train": {
+                "steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "label_smoothing": 0.1,
+            },
             "optimizer": {"lr": 0.005, "warmup_steps": 10},
             "checkpoint": {"every": 20, "keep": 2},
             "evaluate": {"every": 20, "batches": 2},

@@ -1,4 +1,4 @@
-"""Bad input is one sentence that names the thing and the fix, exit code 1 or 2, before training, and nothing is damaged."""
+"""Bad input is one sentence that names the thing and the fix, before training, and nothing is damaged."""
 
 import hashlib
 import json
@@ -126,7 +126,8 @@ def test_preparation(tmp_path: Path, pair_files: Path) -> None:
 def test_a_finished_folder_is_not_overwritten(pair_files: Path, pair_shards: Path) -> None:
     before = contents(pair_shards)
     refused(
-        "prepare", "pairs", "--source", pair_files / "source.txt", "--target", pair_files / "target.txt", "--out", pair_shards,
+        "prepare",
+        "pairs", "--source", pair_files / "source.txt", "--target", pair_files / "target.txt", "--out", pair_shards,
         exit_code=1, says=["--overwrite"],
     )  # fmt: skip
     assert contents(pair_shards) == before

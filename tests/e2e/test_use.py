@@ -12,6 +12,7 @@ import pytest
 from dist_transformer.config import load_config, preset_names, shipped_files
 from dist_transformer.tracking import read_metrics
 from tests.e2e.conftest import command, environment, launch, steps_of
+from tests.tools.wandb_log import history, wandb_files
 
 WriteConfig = Callable[..., Path]
 
@@ -78,9 +79,14 @@ def test_translate_evaluate_report(
 
 def test_pretraining_fills_gaps(tmp_path: Path, text_shards: Path, write_config: WriteConfig) -> None:
     config = write_config(
-        text_shards, objective="span_corruption", train={"steps": 20}, optimizer={"name": "adamw_rms"},
-        recompute={"encoder": "full", "decoder": "full"}, parallel={"zero_stage": 3}, evaluate={"samples": 2, "at_start": True},
-    )  # fmt: skip
+        text_shards,
+        objective="span_corruption",
+        train={"steps": 20},
+        optimizer={"name": "adamw_rms"},
+        recompute={"encoder": "full", "decoder": "full"},
+        parallel={"zero_stage": 3},
+        evaluate={"samples": 2, "at_start": True},
+    )
     done = launch(config, "--nproc", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_metrics(tmp_path / "run")
@@ -93,8 +99,6 @@ def test_pretraining_fills_gaps(tmp_path: Path, text_shards: Path, write_config:
 
 def test_wandb_offline_run(tmp_path: Path, pair_shards: Path, write_config: WriteConfig) -> None:
     """The dashboard run holds every training row, and a resumed run goes on in it."""
-    from tests.tools.wbread import history
-
     config = write_config(
         pair_shards, train={"steps": 4}, tracking={"wandb": {"mode": "offline", "project": "test"}}
     )
@@ -103,7 +107,7 @@ def test_wandb_offline_run(tmp_path: Path, pair_shards: Path, write_config: Writ
         assert done.returncode == 0, done.stderr
         assert "wandb sync" in done.stdout
     run_dir = tmp_path / "run"
-    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    files = wandb_files(run_dir)
     assert len(files) == 2
     assert len({file.stem for file in files}) == 1
     found = [row["train/loss"] for file in files for row in history(file) if "train/loss" in row]

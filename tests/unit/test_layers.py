@@ -66,7 +66,9 @@ def test_imports_go_downwards() -> None:
             if parts[0] != "dist_transformer" or len(parts) < 2 or parts[1] not in LAYERS or parts[1] == name:
                 continue
             if LAYERS[parts[1]] >= LAYERS[name]:
-                wrong.append(f"{path.relative_to(PACKAGE)} (layer {LAYERS[name]}) imports {imported} (layer {LAYERS[parts[1]]})")
+                wrong.append(
+                    f"{path.relative_to(PACKAGE)} imports {imported}: {LAYERS[name]} to {LAYERS[parts[1]]}"
+                )
     assert not wrong, "\n".join(wrong)
 
 
