@@ -50,6 +50,7 @@ for ((rank = 1; rank < nproc; rank++)); do redirects+=,$rank:3; done
 (trap '' USR1; exec setsid "$python" -m torch.distributed.run --standalone --nnodes 1 --nproc-per-node "$nproc" \
   --log-dir "$logs" --redirects "$redirects" -m dist_transformer train "${arguments[@]}" 2>"$logs/launcher.log") &
 child=$!
+# shellcheck disable=SC2317  # the traps call it
 stop() {
   trap 'kill -TERM "$child" 2>/dev/null || true' INT TERM  # the second time: at once
   pkill -USR1 -P "$child" 2>/dev/null || true

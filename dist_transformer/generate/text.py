@@ -70,14 +70,14 @@ def generate_texts(
     return results
 
 
-def describe_truncated(results: Sequence[Generated], max_source_len: int, shown: int = 5) -> str | None:
+def describe_truncated(n_cut: Sequence[int], max_source_len: int, shown: int = 5) -> str | None:
     """One sentence that names the lines (from 1) whose sources were cut, or None."""
-    lines = [i for i, result in enumerate(results, start=1) if result.n_cut]
+    lines = [line for line, n in enumerate(n_cut, start=1) if n]
     if not lines:
         return None
     more = f" and {len(lines) - shown} more" if len(lines) > shown else ""
     return (
-        f"{len(lines)} of {len(results)} inputs are longer than data.max_source_len={max_source_len} tokens "
+        f"{len(lines)} of {len(n_cut)} inputs are longer than data.max_source_len={max_source_len} tokens "
         f"and were cut: line {', '.join(map(str, lines[:shown]))}{more}"
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 
 from dist_transformer.config import Config, load_config
 from dist_transformer.data.batch import EOS_ID, PAD_ID
@@ -15,7 +16,8 @@ from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
 from dist_transformer.errors import CheckpointError, ConfigError, DataError
-from dist_transformer.generate.text import Generated, generate_texts
+from dist_transformer.generate.spans import Filled, fill_texts
+from dist_transformer.generate.text import Generated, describe_truncated, generate_texts
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from dist_transformer.train.evaluate import score_texts
@@ -54,12 +56,10 @@ def generate_lines(
     _set_threads(threads)
     run = TrainedRun(path)
     with contextlib.ExitStack() as stack:
-        lines = _read_lines(input_) if input_ else [line.rstrip("\n") for line in sys.stdin]
+        lines = _read_lines(input_) if input_ else _read_stdin()
         destination = stack.enter_context(open(output, "w", encoding="utf-8")) if output else sys.stdout  # noqa: PTH123
         for text in _decode(run, lines, decoding):
-            destination.write(
-                text.replace("\n", " ") + "\n" if "\n" in text and len(lines) > 1 else text + "\n"
-            )
+            destination.write(f"{text}\n")
 
 
 def evaluate_files(
@@ -108,17 +108,29 @@ def _scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
 
 
 def _decode(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object]) -> list[str]:
+    """One output line for each input line; batches shrink where memory does not suffice."""
     config = run.config.generate.model_copy(update=dict(decoding))
     lengths: dict[str, Any] = {
         "max_source_len": run.config.data.max_source_len,
         "max_target_len": run.config.data.max_target_len,
     }
-    if run.config.data.objective != "pairs":
-        from dist_transformer.generate.spans import fill_texts
+    write = generate_texts if run.config.data.objective == "pairs" else fill_texts
 
-        return [filled.text for filled in fill_texts(run.model, run.tokenizer, lines, config, **lengths)]
-    results: Sequence[Generated] = generate_texts(run.model, run.tokenizer, lines, config, **lengths)
-    return [result.text for result in results]
+    @find_executable_batch_size(starting_batch_size=config.batch_tokens)  # type: ignore[untyped-decorator]
+    def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
+        return write(
+            run.model,
+            run.tokenizer,
+            lines,
+            config.model_copy(update={"batch_tokens": batch_tokens}),
+            **lengths,
+        )
+
+    results: Sequence[Generated | Filled] = attempt()
+    if warning := describe_truncated([result.n_cut for result in results], run.config.data.max_source_len):
+        print(f"dist-transformer: {warning}", file=sys.stderr)
+    # One line for one line, whatever the model writes.
+    return [" ".join(result.text.splitlines()) for result in results]
 
 
 def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequence[str]) -> float:
@@ -175,6 +187,13 @@ def _read_lines(name: str) -> list[str]:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}") from None
+
+
+def _read_stdin() -> list[str]:
+    try:
+        return [line.decode("utf-8").rstrip("\r\n") for line in sys.stdin.buffer]
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: not UTF-8 at byte {error.start} of a line") from None
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -100,10 +100,10 @@ def test_long_lines_are_cut_and_named(model: EncoderDecoder, tokenizer: TextToke
     assert [output.n_cut for output in outputs] == [0, lengths[1] - 31, 0, lengths[3] - 31]
     shorter = tokenizer.decode(tokenizer.encode(texts[1])[:31])
     assert outputs[1].text == generate(model, tokenizer, [shorter], config)[0].text
-    sentence = describe_truncated(outputs, 32)
+    sentence = describe_truncated([o.n_cut for o in outputs], 32)
     assert sentence == ("2 of 4 inputs are longer than data.max_source_len=32 tokens and were cut: line 2, 4")
-    assert describe_truncated(outputs[:1], 32) is None
-    assert "line 2, 4, 6, 8, 10 and 5 more" in str(describe_truncated(outputs * 5, 32))
+    assert describe_truncated([outputs[0].n_cut], 32) is None
+    assert "line 2, 4, 6, 8, 10 and 5 more" in str(describe_truncated([o.n_cut for o in outputs] * 5, 32))
 
 
 def test_learned_positions_bound_both_sides(tokenizer: TextTokenizer) -> None:

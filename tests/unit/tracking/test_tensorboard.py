@@ -28,7 +28,7 @@ def test_its_absence_is_a_configuration_error(tmp_path: Path, monkeypatch: pytes
 class RecordingWriter:
     """Stands where SummaryWriter does; the event file's own format is TensorBoard's business."""
 
-    made: "list[RecordingWriter]" = []  # noqa: RUF012
+    made: "list[RecordingWriter]" = []
 
     def __init__(self, folder: str, purge_step: int | None, flush_secs: int) -> None:
         self.purge_step, self.scalars, self.texts, self.closed = purge_step, list[Any](), list[Any](), False

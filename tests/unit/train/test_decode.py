@@ -1,0 +1,57 @@
+"""Decoding a run's text: memory, lines, reading."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dist_transformer.config import build_config
+from dist_transformer.errors import ConfigError, DataError
+from dist_transformer.generate.text import Generated
+from dist_transformer.train import decode
+
+
+def run_of(objective: str = "pairs") -> Any:
+    tree = {"run": {"dir": "x"}, "data": {"train": "x", "objective": objective}, "train": {"steps": 1}}
+    return SimpleNamespace(config=build_config(tree), model=None, tokenizer=None)
+
+
+def test_batches_shrink_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def write(
+        model: object, tokenizer: object, lines: Sequence[str], config: Any, **_: int
+    ) -> list[Generated]:
+        asked.append(config.batch_tokens)
+        if config.batch_tokens > 1000:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        return [Generated(line.upper(), 0.0, ()) for line in lines]
+
+    monkeypatch.setattr(decode, "generate_texts", write)
+    assert decode._decode(run_of(), ["a", "b"], {"batch_tokens": 4000}) == ["A", "B"]
+    assert asked[0] == 4000
+    assert asked == sorted(asked, reverse=True)
+    assert 500 < asked[-1] <= 1000
+
+
+def test_a_line_stays_a_line_and_cut_sources_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [Generated("one\ntwo", 0.0, ()), Generated("three", 0.0, (), n_cut=4)]
+    monkeypatch.setattr(decode, "generate_texts", lambda *_, **__: outputs)
+    assert decode._decode(run_of(), ["a", "b"], {}) == ["one two", "three"]
+    assert "1 of 2 inputs" in capsys.readouterr().err
+
+
+def test_reading_lines(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_bytes("eins\r\n\nzwei ü".encode())
+    assert decode._read_lines(str(good)) == ["eins", "", "zwei ü"]
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"eins\n\xff\n")
+    with pytest.raises(DataError, match=r"bad\.txt: not UTF-8"):
+        decode._read_lines(str(bad))
+    with pytest.raises(ConfigError, match=r"none\.txt: cannot be read"):
+        decode._read_lines(str(tmp_path / "none.txt"))
