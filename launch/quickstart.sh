@@ -32,15 +32,18 @@ if [ "$n_gpus" -eq 1 ]; then ranks=1; fi
 say "2/4 training configs/quickstart.yaml on $ranks ranks (ctrl-C saves and stops; the same command goes on)"
 launch/local.sh configs/quickstart.yaml --nproc $ranks
 
-say "3/4 held-out text, gaps filled by the model before and after training"
+say "3/4 held-out text, its gaps filled by the model before and after training"
 $bin/python - "$run" <<'PY'
 import pathlib, sys
-files = sorted(pathlib.Path(sys.argv[1], "samples").glob("step-*.txt"))
+
 def blocks(path):
-    return [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in path.read_text().strip().split("\n\n")]
-before, after = blocks(files[0]), blocks(files[-1])
-for first, last in list(zip(before, after))[:4]:
-    print(f"  text    {first.get('source', '').strip()[:150]}\n  before  {first.get('output', '').strip()[:100]}\n  after   {last.get('output', '').strip()[:100]}\n  truth   {last.get('reference', '').strip()[:100]}\n")
+    return [[line.split(":", 1)[1].strip() for line in block.splitlines()] for block in path.read_text().strip().split("\n\n")]
+
+files = sorted(pathlib.Path(sys.argv[1], "samples").glob("step-*.txt"))
+for (source, before, truth), (_, after, _) in list(zip(blocks(files[0]), blocks(files[-1])))[:4]:
+    for name, text in (("text", source), ("before", before), ("after", after), ("truth", truth)):
+        print(f"  {name:7} {text[:140]}")
+    print()
 PY
 
 say "4/4 drawing the run"

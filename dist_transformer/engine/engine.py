@@ -53,7 +53,7 @@ class Engine:
         # Dropout must differ between ranks that see different rows; initial weights never read this generator.
         torch.manual_seed(config.run.seed * 1_000_003 + mesh.dp_rank)
         module = TrainingModule(model, config.train)
-        optimizer = build_optimizer(module, config.optimizer, mesh.device)
+        optimizer = build_optimizer(module, config.optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -30,9 +30,7 @@ def learning_rate(config: OptimizerConfig, step: int, n_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
-def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over a module's parameters, with decay on matrices only.
 
     Its learning rate is 0 until one is set for a step: DeepSpeed may take an empty update before the first one.
@@ -40,7 +38,7 @@ def build_optimizer(
     groups = _decay_groups(module.named_parameters(), config.weight_decay)
     if config.name == "adamw_rms":
         return RMSScaledAdamW(groups, 0.0, config.betas, config.eps)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=device.type != "meta")
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _decay_groups(

@@ -178,12 +178,21 @@ class CheckpointHook:
 
 
 def write_samples(run_dir: Path, step: int, samples: list[Sample]) -> Path:
-    """Decoded samples as text that a person reads."""
+    """Decoded samples as text that a person reads: three lines each, line ends shown as ⏎."""
     path = run_dir / "samples" / f"step-{step:08d}.txt"
     path.parent.mkdir(exist_ok=True)
-    blocks = [f"source:    {s.source}\noutput:    {s.output}\nreference: {s.reference}\n" for s in samples]
+    blocks = [
+        f"source:    {_one_line(sample.source)}\n"
+        f"output:    {_one_line(sample.output)}\n"
+        f"reference: {_one_line(sample.reference)}\n"
+        for sample in samples
+    ]
     path.write_text("\n".join(blocks), encoding="utf-8")
     return path
+
+
+def _one_line(text: str) -> str:
+    return "⏎".join(text.splitlines())
 
 
 def _max_memory_gib(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import command
+from tests.e2e.conftest import command, launch
 
 WriteConfig = Callable[..., Path]
 
@@ -153,3 +153,18 @@ def test_checkpoint_of_another_model_or_damaged(
     refused("generate", run_dir, exit_code=1, says=[largest.name, "the checkpoint is damaged"])
     refused("generate", tmp_path / "nothing", exit_code=1, says=["nothing: no run there"])
     refused("report", tmp_path / "nothing", exit_code=1, says=["nothing"])
+
+
+def test_on_several_ranks_it_is_said_once(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    """The configuration is read before any rank starts; what only ranks find is printed by one of them."""
+    config = write_config(pair_shards)
+    for override, sentence, exit_code in (
+        ("train.stesp=5", "unknown key: did you mean steps?", 2),
+        ("data.workers=3", "2 ranks x 3 workers need a multiple of 6 lanes", 1),
+    ):
+        done = launch(config, "--nproc", 2, override)
+        assert done.returncode == exit_code, done.stdout + done.stderr
+        assert (done.stdout + done.stderr).count(sentence) == 1
+        assert "Traceback" not in done.stdout + done.stderr
