@@ -46,9 +46,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"{path}: should hold sections such as `run:` and `data:`, not {type(tree).__name__}"
         )
+    problems = []
     for override in overrides:
-        _apply_override(tree, override)
-    return build_config(tree, source=str(path))
+        try:
+            _apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        config = build_config(tree, source=str(path))
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
@@ -57,14 +67,22 @@ def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     Raises:
         ConfigError: with every problem found, one a line.
     """
-    tree = dict(tree)
+    # A section whose fields are all commented out is null in YAML.
+    tree = {name: {} if section is None else section for name, section in tree.items()}
+    problems = []
     if isinstance(tree.get("model"), dict) and tree["model"].get("preset") is not None:
-        tree["model"] = _merge(_load_preset(tree["model"]["preset"], source), tree["model"])
+        try:
+            tree["model"] = _merge(_load_preset(tree["model"]["preset"]), tree["model"])
+        except ConfigError as error:
+            problems.append(str(error))
+            del tree["model"]  # Fields over an unknown preset cannot be judged.
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+        problems += [_sentence(problem) for problem in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+    return config
 
 
 def dump_config(config: Config) -> str:
@@ -72,12 +90,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _load_preset(name: object, source: str) -> dict[str, Any]:
+def _load_preset(name: object) -> dict[str, Any]:
     names = preset_names()
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
-        raise ConfigError(f"{source}: model.preset={name} is not a preset: {hint}")
+        raise ConfigError(f"model.preset={name} is not a preset: {hint}")
     preset = yaml.safe_load((shipped_files("configs") / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert isinstance(preset, dict)
     return preset
@@ -131,6 +149,10 @@ def _sentence(problem: Any) -> str:
         return f"{path}: unknown key: {hint}"
     if kind == "missing":
         return f"{path}: required and not given"
+    if kind == "model_type":
+        return (
+            f"{path}={value!r}: should be a section with the fields {', '.join(_known_keys(problem['loc']))}"
+        )
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return message if path == "configuration" else f"{path}: {message}"

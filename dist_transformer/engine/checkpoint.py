@@ -41,6 +41,10 @@ class TrainerState:
     """Source and target tokens, without padding, over all ranks."""
     n_bad_steps: int = 0
     """Updates skipped for a non-finite loss or gradient, in the whole run."""
+    n_truncated: int = 0
+    """Samples cut to a row's length, in the whole run."""
+    n_dropped: int = 0
+    """Samples left out for their length, in the whole run."""
     data: dict[str, Any] | None = None
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
     tracking: dict[str, Any] = field(default_factory=dict)

@@ -26,6 +26,8 @@ class StepTotals:
     n_target_tokens: int
     n_pairs: int
     n_positions: int
+    n_truncated: int
+    n_dropped: int
     fingerprint: int | None = None
 
 
@@ -110,6 +112,8 @@ class LogHook:
             "train/bad_steps": self.bad_steps.total,
             "train/target_tokens": report.totals.n_target_tokens,
             "train/pairs": report.totals.n_pairs,
+            "data/truncated": self.state.n_truncated,
+            "data/dropped": self.state.n_dropped,
             "perf/tokens_per_sec": n_tokens / max(seconds, 1e-9),
             "perf/padding_pct": 100.0 * (1.0 - n_tokens / max(1, n_positions)),
             "perf/step_time_s": seconds / len(self._since),

@@ -130,6 +130,8 @@ class Trainer:
         self.bad_steps.record(result.applied)
         self.state.step = step
         self.state.tokens_seen += totals.n_source_tokens + totals.n_target_tokens
+        self.state.n_truncated += totals.n_truncated
+        self.state.n_dropped += totals.n_dropped
         self.state.n_bad_steps = self.bad_steps.total
         is_last = stop or step == self.config.train.steps
         if is_last or step % self.config.checkpoint.every == 0:
@@ -145,16 +147,16 @@ class Trainer:
             sum(batch.n_target_tokens for batch in micro_batches),
             sum(batch.n_pairs for batch in micro_batches),
             sum(batch.n_positions for batch in micro_batches),
+            sum(batch.n_truncated for batch in micro_batches),
+            sum(batch.n_dropped for batch in micro_batches),
             int(self._stop_requested()),
             hashes >> 32,
             hashes & 0xFFFFFFFF,
         ]
         values = torch.tensor(local, dtype=torch.int64, device=self.mesh.device)
-        n_source, n_target, n_pairs, n_positions, stop, high, low = sum_over_data_parallel(
-            values, self.mesh
-        ).tolist()
+        *counts, stop, high, low = sum_over_data_parallel(values, self.mesh).tolist()
         combined = ((high << 32) + low) % 2**64 if wants_fingerprint else None
-        return StepTotals(n_source, n_target, n_pairs, n_positions, combined), stop > 0
+        return _totals(counts, combined), stop > 0
 
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""
@@ -180,6 +182,11 @@ class Trainer:
         )
         if self.state.step:
             self.outlets.message(f"resuming after step {self.state.step:,} of {config.train.steps:,}")
+
+
+def _totals(counts: Sequence[int], combined: int | None) -> StepTotals:
+    n_source, n_target, n_pairs, n_positions, n_truncated, n_dropped = counts
+    return StepTotals(n_source, n_target, n_pairs, n_positions, n_truncated, n_dropped, combined)
 
 
 def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
