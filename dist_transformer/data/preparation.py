@@ -217,9 +217,12 @@ class Preparation:
         dtype: str,
     ) -> Manifest:
         itemsize = DTYPES[dtype].itemsize
-        n_bytes = itemsize * sum(part_totals(part)["n_tokens"] for part in parts)
+        n_tokens = sum(part_totals(part)["n_tokens"] for part in parts)
+        n_bytes = itemsize * n_tokens
         n_train = n_documents - n_held_out
-        n_shards = self.recipe.n_shards or default_shards(n_bytes, n_train)
+        longest = self.recipe.max_document_tokens or n_tokens
+        n_samples = max(n_train, n_tokens // max(1, longest) * n_train // max(1, n_documents))
+        n_shards = self.recipe.n_shards or default_shards(n_bytes, n_train, n_samples)
         tasks = [
             (task, tuple(parts)) for task in self._shard_tasks("train", n_shards, n_held_out, n_documents)
         ]
@@ -255,10 +258,17 @@ class Preparation:
         ]
 
 
-def default_shards(n_bytes: int, n_samples: int) -> int:
-    """A number of shards with many divisors: about 64 MB each, at least 24, at least 8 samples in each."""
+def default_shards(n_bytes: int, n_documents: int, n_samples: int) -> int:
+    """A number of shards with many divisors: about 64 MB each, at least 24.
+
+    At least 8 samples in each; of a few long documents (books) that are split, 2 are enough for a shard.
+    """
     wanted = max(MIN_SHARDS, -(-n_bytes // SHARD_BYTES))
-    fitting = [count for count in LANE_COUNTS if count == 1 or count * MIN_SAMPLES_PER_SHARD <= n_samples]
+    fitting = [
+        count
+        for count in LANE_COUNTS
+        if count == 1 or (count * MIN_SAMPLES_PER_SHARD <= n_samples and count * 2 <= n_documents)
+    ]
     return next((count for count in fitting if count >= wanted), fitting[-1])
 
 

@@ -223,11 +223,12 @@ def test_a_tokenizer_whose_ids_batches_cannot_use(text_file: Path, tmp_path: Pat
 
 
 def test_default_shards() -> None:
-    assert default_shards(1000, 7) == 1
-    assert default_shards(1000, 100) == 12
-    assert default_shards(1000, 10_000) == 24
-    assert default_shards(10 << 30, 10**7) == 180
-    assert default_shards(1 << 50, 10**9) == 30720
+    assert default_shards(1000, 7, 7) == 1
+    assert default_shards(1000, 100, 100) == 12
+    assert default_shards(1000, 10_000, 10_000) == 24
+    assert default_shards(20 << 20, 52, 5_000) == 24
+    assert default_shards(10 << 30, 10**7, 10**7) == 180
+    assert default_shards(1 << 50, 10**9, 10**9) == 30720
 
 
 @pytest.mark.parametrize("stage", ["part", "shard"])
