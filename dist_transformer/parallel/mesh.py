@@ -78,6 +78,20 @@ def world_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def _check_rendezvous() -> None:
+    """Tasks of one job step that do not know of each other would each train alone, into one run directory.
+
+    Raises:
+        ConfigError: if srun started several tasks and nothing says where they meet.
+    """
+    is_task = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if is_task and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"srun started {os.environ['SLURM_NTASKS']} tasks, but MASTER_ADDR is not set, so that they cannot meet: "
+            f"export MASTER_ADDR (the first node's name) and MASTER_PORT in the batch script, or use slurm/train.sbatch"
+        )
+
+
 def data_parallel_size(world_size: int, tp_degree: int) -> int:
     """How many replicas of the model the world holds.
 
@@ -98,13 +112,20 @@ def open_mesh(tp_degree: int = 1, init_method: str | None = None) -> Iterator[Me
     Args:
         init_method: where ranks meet, such as `file:///path`; default: MASTER_ADDR, or nobody for a single process.
     """
+    _check_rendezvous()
     rank, world_size, local_rank = world_from_environment()
     dp_size = data_parallel_size(world_size, tp_degree)
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+            f"start that many ranks, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
+        )
     if use_cuda:
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    os.environ.setdefault("MASTER_PORT", "29500")
     options: dict[str, Any] = {}
     if init_method is not None:
         options = {"init_method": init_method, "rank": rank, "world_size": world_size}
