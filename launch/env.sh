@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment of every rank; sourced by local.sh and node.sh. Each line with its reason; edit for your cluster.
 
 # One thread a rank unless the caller knows better: ranks that each start a thread per core slow each other down.
@@ -8,3 +9,10 @@ export TOKENIZERS_PARALLELISM=false
 export PYTHONUNBUFFERED=1
 # A failed collective ends its process instead of hanging it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+
+# Several nodes, where the guesses of NCCL and gloo fail ("connection refused", a hang at the first collective): the
+# interface through which nodes reach each other; `ip -br address` lists them. Gloo carries CPU ranks only.
+# export NCCL_SOCKET_IFNAME=eth0
+# export GLOO_SOCKET_IFNAME=eth0
+# What NCCL chose (transport, rings, network), in each rank's log: the first thing to look at when nodes are slow.
+# export NCCL_DEBUG=INFO
