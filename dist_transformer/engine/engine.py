@@ -146,7 +146,12 @@ class Engine:
             return self._plain_update()
         self.deepspeed.step()
         norm: Any = self.deepspeed.get_global_grad_norm()
-        return (float("nan") if norm is None else float(norm)), bool(self.deepspeed.was_step_applied())
+        applied = bool(self.deepspeed.was_step_applied())
+        if not applied:
+            # With offloaded optimizer states, DeepSpeed 0.19.8 would add the next steps' gradients to the bad ones.
+            kept = getattr(self.optimizer, "averaged_gradients", {})
+            kept.update(dict.fromkeys(kept))
+        return (float("nan") if norm is None else float(norm)), applied
 
     def _plain_update(self) -> tuple[float, bool]:
         """Without ZeRO or master weights DeepSpeed neither reports the norm nor skips bad updates."""
