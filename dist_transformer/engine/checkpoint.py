@@ -11,9 +11,10 @@ import os
 import platform
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import deepspeed
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import dist_transformer
 from dist_transformer.config import Config, ModelConfig
+from dist_transformer.config.model import Side
 from dist_transformer.engine.engine import Engine
 from dist_transformer.errors import CheckpointError
 from dist_transformer.parallel.collectives import barrier, raise_together
@@ -74,11 +76,12 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     pointer = checkpoints_dir(run_dir) / "latest"
     if not pointer.exists():
         return None
-    path = checkpoints_dir(run_dir) / pointer.read_text(encoding="utf-8").strip()
-    if not path.is_dir():
+    name = pointer.read_text(encoding="utf-8").strip()
+    path = checkpoints_dir(run_dir) / name
+    if not name or not path.is_dir():
         others = [other.name for other in list_checkpoints(run_dir)]
         hint = f"write one of {', '.join(others)} into it" if others else "remove it to start from step 0"
-        raise CheckpointError(f"{pointer} names {path.name}, which is not there: {hint}")
+        raise CheckpointError(f"{pointer} names '{name}', which is not there: {hint}")
     return path
 
 
@@ -124,24 +127,45 @@ def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:
         CheckpointError: one sentence that names the first difference and the fix.
     """
     _check_files(path)
-    description = _read_description(path)
-    saved = ModelConfig.model_validate(description["model"])
-    for name in ModelConfig.model_fields:
-        if name in _NOT_SHAPE:
-            continue
-        was, now = getattr(saved, name), getattr(config.model, name)
-        if was != now:
-            raise CheckpointError(
-                f"{path} is a checkpoint of another model: model.{name} is {was} there "
-                f"and {now} in this configuration; set it back, or start a new run with another run.dir"
-            )
+    check_model(path, config.model, "set it back, or start a new run with another run.dir")
     layout = _layout(config, mesh)
-    for name, was in description["layout"].items():
+    for name, was in _read_description(path)["layout"].items():
         if was != layout[name]:
             raise CheckpointError(
                 f"{path} was saved with {name}={was} and this run has {name}={layout[name]}: "
                 f"resume with {name}={was} (resuming in another layout is not built yet)"
             )
+
+
+def check_model(path: Path, model: ModelConfig, fix: str) -> None:
+    """Refuse a checkpoint whose weights are another model's.
+
+    Raises:
+        CheckpointError: one sentence that names the first difference, and `fix`.
+    """
+    try:
+        saved = ModelConfig.model_validate(_read_description(path)["model"])
+    except ValueError as error:
+        problem = str(error).splitlines()[0]
+        raise CheckpointError(f"{path / 'trainer.json'}: no model of this version: {problem}") from None
+    for name, was, now in _differences(saved, model):
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: model.{name} is {was} there "
+            f"and {now} in this configuration; {fix}"
+        )
+
+
+def _differences(saved: ModelConfig, now: ModelConfig) -> Iterator[tuple[str, object, object]]:
+    """Fields that decide what weights mean, where they differ: each stack's own, with overrides applied."""
+    for name in ModelConfig.model_fields:
+        if name not in _NOT_SHAPE and name not in _OF_STACKS and getattr(saved, name) != getattr(now, name):
+            yield name, getattr(saved, name), getattr(now, name)
+    for side in get_args(Side):
+        for name in _OF_STACKS:
+            values = [getattr(model.stack(side), name) for model in (saved, now)]
+            if values[0] != values[1]:
+                overridden = any(getattr(getattr(model, side), name) is not None for model in (saved, now))
+                yield f"{side}.{name}" if overridden else name, values[0], values[1]
 
 
 def load_checkpoint(engine: Engine, path: Path) -> TrainerState:
@@ -194,6 +218,8 @@ _NOT_SHAPE = {
     "decoder",
     "pad_vocab_to",
 }
+# Fields that each stack may override.
+_OF_STACKS = ("d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim")
 
 
 def _layout(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -223,10 +249,9 @@ def _read_description(path: Path) -> dict[str, Any]:
         description = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'trainer.json'}: cannot be read: {error}") from None
-    if description.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path}: written in checkpoint format {description.get('format')}, this is {_FORMAT}"
-        )
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != _FORMAT:
+        raise CheckpointError(f"{path}: written in checkpoint format {found}, this is {_FORMAT}")
     assert isinstance(description, dict)
     return description
 
@@ -258,7 +283,7 @@ def _publish(partial: Path, final: Path, keep: int) -> None:
     _sync(partial)
     if final.exists():
         # The same step again, after a resume from an older one: the new one replaces it.
-        shutil.rmtree(final)
+        _discard(final)
     partial.rename(final)
     pointer = final.parent / "latest"
     beside = pointer.with_name("latest.partial-pointer")
@@ -269,7 +294,14 @@ def _publish(partial: Path, final: Path, keep: int) -> None:
     complete = list_checkpoints(final.parent.parent)
     for old in complete[:-keep]:
         if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Out of sight in one step, then removed: a crash leaves what the next save removes, never half of it."""
+    gone = path.with_name(f"{path.name}.old{_PARTIAL}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
