@@ -144,6 +144,7 @@ stop() {
   # Again and again, since ranks that are still importing, or being restarted, do not hear it yet.
   (trap '' USR1 TERM; while kill -0 "$launcher" 2>/dev/null; do pkill -USR1 -P "$launcher" || true; sleep 3; done) &
   forwarder=$!
+  disown "$forwarder" # bash would report its end
 }
 trap stop USR1 TERM
 trap 'stop; trap "kill -INT $launcher 2>/dev/null || true" INT' INT # the second time: at once

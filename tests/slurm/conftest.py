@@ -108,6 +108,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(f"NOT TESTED ON SLURM: no {', '.join(missing)} here; install them with: {APT}")
     # Short: Slurm makes unix sockets below it. It must not exist, or the script takes it for somebody else's.
     folder = Path(tempfile.mkdtemp(prefix="dt-slurm-", dir="/tmp"))
+    folder.chmod(0o755)  # munge insists
     script = Path(__file__).with_name("slurm_cluster.sh")
     env = {
         **{key: value for key, value in environment().items() if not key.startswith(("SLURM", "SBATCH"))},
