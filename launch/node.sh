@@ -163,5 +163,9 @@ if [ "$status" -ne 0 ]; then
   say "training ended with status $status; all output of its ranks is in $logs; the end of ${reason#"$logs/"}:" >&2
   tail -n 20 "$reason" >&2
 fi
-if [ -n "$tee" ]; then exec >&-; wait "$tee" || true; fi
+# The last lines are on their way; but not longer than 5 s, should a process that a rank left behind hold the pipe.
+if [ -n "$tee" ]; then
+  exec >&-
+  for ((i = 0; i < 50; i++)); do kill -0 "$tee" 2>/dev/null || break; sleep 0.1; done
+fi
 exit "$status"

@@ -84,3 +84,25 @@ def test_help_shows_how_to_call_it(script: str) -> None:
     done = call(script, "--help")
     assert done.returncode == 0
     assert f"launch/{script} CONFIG.yaml" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("node", "address"), [("localhost", "localhost"), ("node7.invalid", "10.1.2.3")], ids=["known", "unknown"]
+)
+def test_a_job_meets_at_its_first_node(tmp_path: Path, node: str, address: str) -> None:
+    """By the node's name where it can be looked up, else by the address that Slurm has for it."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        f'  "show hostnames {node},other") printf "{node}\\nother\\n" ;;\n'
+        f'  "-o show node {node}") echo "NodeName={node} Arch=x86_64 NodeAddr={address} NodeHostName={node}" ;;\n'
+        "esac\n"
+    )
+    scontrol.chmod(0o755)
+    done = call(
+        "node.sh",
+        "--head-address",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_NODELIST=f"{node},other",
+    )
+    assert done.stdout.strip() == address, done.stderr
