@@ -106,6 +106,7 @@ def _add_prepare(commands: _Commands) -> None:
     text.add_argument(
         "--max-document-tokens",
         type=_positive,
+        metavar="N",
         default=2048,
         help="longer documents are split (default: 2048)",
     )
@@ -136,6 +137,7 @@ def _add_prepare(commands: _Commands) -> None:
         kind.add_argument(
             "--vocab-size",
             type=_positive,
+            metavar="N",
             default=16384,
             help="tokens of a trained tokenizer (default: 16384)",
         )
@@ -160,7 +162,11 @@ def _add_prepare(commands: _Commands) -> None:
             help="what to do with bytes that are not UTF-8 (default: error)",
         )
         kind.add_argument(
-            "--seed", type=_count, default=0, help="of the shuffle and the held-out choice (default: 0)"
+            "--seed",
+            type=_count,
+            metavar="N",
+            default=1,
+            help="of the shuffle and the held-out choice (default: 1)",
         )
         kind.add_argument("--overwrite", action="store_true", help="replace a finished folder")
 
@@ -302,7 +308,7 @@ def _print_prepared(summary: Any) -> None:
     for count, what in ((summary.n_empty, "empty and left out"), (summary.n_split, "longer and split")):
         if count:
             print(f"{count:,} {what}")
-    print(f"train on it: dist-transformer train CONFIG.yaml data.train={summary.out} data.eval={summary.out}")
+    print(f"train on it: launch/local.sh CONFIG.yaml data.train={summary.out} data.eval={summary.out}")
 
 
 def _prepare_options(options: argparse.Namespace) -> dict[str, Any]:

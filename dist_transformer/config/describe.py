@@ -11,22 +11,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dist_transformer.config.schema import Config
-
-REFUSED_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.clip",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "wandb": "tracking.wandb",
-    "tensorboard": "tracking.tensorboard",
-    "zero_optimization.stage": "parallel.zero_stage",
-}
-"""Keys that may not stand under `deepspeed:`, and the field that sets them instead."""
+from dist_transformer.config.schema import OWNED_DEEPSPEED_KEYS, Config
 
 _PREAMBLE = """\
 # Configuration
@@ -121,8 +106,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _refused_rows() -> Iterator[tuple[str, str]]:
-    for key, ours in REFUSED_DEEPSPEED_KEYS.items():
-        yield key, ours.replace(" and ", "` and `")
+    for key, ours in OWNED_DEEPSPEED_KEYS.items():
+        yield key, ours.partition(" (")[0].replace(" and ", "` and `")
 
 
 def _table(path: str, section: type[BaseModel]) -> list[str]:

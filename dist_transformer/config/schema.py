@@ -11,6 +11,24 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from dist_transformer.config.base import Section
 from dist_transformer.config.model import ModelConfig
 
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision (bf16: encoder-decoders overflow in fp16)",
+    "amp": "train.precision",
+    "data_types": "train.grad_accum_dtype",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_allow_untested_optimizer": "optimizer.name",
+    "wandb": "tracking.wandb (DeepSpeed's own logging would make W&B drop ours)",
+    "tensorboard": "tracking.tensorboard",
+}
+"""Keys that may not stand under `deepspeed:`, and what sets them instead."""
+
 
 class RunConfig(Section):
     """Where the run lives and what its randomness starts from."""
@@ -36,8 +54,8 @@ class DataConfig(Section):
     """Mean length of a removed span, in tokens."""
     max_source_len: PositiveInt = 512
     """Tokens in a row of the encoder."""
-    max_target_len: PositiveInt = 128
-    """Tokens in a row of the decoder."""
+    max_target_len: PositiveInt = 114
+    """Tokens in a row of the decoder; 114 is what span corruption makes of sources of 512."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a pair that is longer than a row; counted in any case. Plain text is always split."""
     packing: bool = True
@@ -239,25 +257,19 @@ class Config(Section):
                     f"model.max_positions={self.model.max_positions} is shorter than a row of {longest} tokens: "
                     f"set model.max_positions={longest}"
                 )
-        owned = {
-            "train_batch_size": "train.global_batch_size",
-            "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-            "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-            "gradient_clipping": "train.clip",
-            "bf16": "train.precision",
-            "fp16": "train.precision (bf16: encoder-decoders overflow in fp16)",
-            "optimizer": "optimizer",
-            "scheduler": "optimizer.schedule",
-            "wandb": "tracking.wandb (DeepSpeed's own logging would make W&B drop ours)",
-            "tensorboard": "tracking.tensorboard",
-        }
         problems += [
             f"deepspeed.{key} is ours to set: use {ours}"
-            for key, ours in owned.items()
-            if key in self.deepspeed
+            for key, ours in OWNED_DEEPSPEED_KEYS.items()
+            if _holds(self.deepspeed, key)
         ]
-        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
-            problems.append("deepspeed.zero_optimization.stage is ours to set: use parallel.zero_stage")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _holds(tree: dict[str, Any], path: str) -> bool:
+    """Whether a nested dictionary has a key, written with dots."""
+    first, _, rest = path.partition(".")
+    if first not in tree:
+        return False
+    return not rest or (isinstance(tree[first], dict) and _holds(tree[first], rest))

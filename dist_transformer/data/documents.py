@@ -193,8 +193,8 @@ def _decode(source: Input, raw: _Raw) -> tuple[str, ...] | None:
             line = raw.line + content.count(b"\n", 0, error.start)
             raise DataError(
                 f"{source.files[side]}, line {line}, byte {offset + error.start}: not UTF-8 (byte "
-                f"0x{content[error.start]:02x}): convert the file to UTF-8, or ask for bad bytes to be "
-                "replaced"
+                f"0x{content[error.start]:02x}): convert the file to UTF-8, or have bad bytes replaced with "
+                "--bad-utf8 replace"
             ) from error
         text = text.replace("\r\n", "\n").rstrip("\r\n")
         if not text.strip():

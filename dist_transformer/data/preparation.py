@@ -15,7 +15,7 @@ from dist_transformer.data.manifest import DTYPES, TOKENIZER_NAME, Kind, Manifes
 from dist_transformer.data.order import LANE_COUNTS
 from dist_transformer.data.pool import count_with, progress, run_tasks
 from dist_transformer.data.spill import Part, ShardTask, build_shard, part_totals, tokenise_parts
-from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.data.tokenizer import TextTokenizer, check_vocab_size
 from dist_transformer.errors import DataError
 
 TOKENIZER_TEXT_BYTES = 100 << 20
@@ -24,7 +24,7 @@ more.
 """
 SHARD_BYTES = 64 << 20
 """Size of a shard's tokens that the default number of shards aims at."""
-MIN_SHARDS, MIN_SAMPLES_PER_SHARD = 24, 8
+MIN_SHARDS, ENOUGH_SHARDS, MIN_SAMPLES_PER_SHARD = 24, 96, 8
 MAX_HELD_OUT = 2000
 _SHUFFLE_KEY = 0x5EED
 _MIN_PART_BYTES, _MAX_PARTS = 8 << 20, 512
@@ -74,6 +74,8 @@ class Preparation:
         self.overwrite = overwrite
         self.work = out / WORK_NAME
         recipe.check()
+        if self.given_tokenizer is None:
+            check_vocab_size(recipe.vocab_size)
         _check_inputs(inputs, held)
 
     def run(self) -> PreparedSummary:
@@ -259,11 +261,13 @@ class Preparation:
 
 
 def default_shards(n_bytes: int, n_documents: int, n_samples: int) -> int:
-    """A number of shards with many divisors: about 64 MB each, at least 24.
+    """A number of shards with many divisors: about 64 MB each, at least 24, and 96 where there are samples for it.
 
     At least 8 samples in each; of a few long documents (books) that are split, 2 are enough for a shard.
     """
-    wanted = max(MIN_SHARDS, -(-n_bytes // SHARD_BYTES))
+    # 96 serve 16 GPUs with 2 loader workers each; shards of under 1,000 samples would pack less well.
+    by_samples = min(ENOUGH_SHARDS, n_samples // 1000)
+    wanted = max(MIN_SHARDS, by_samples, -(-n_bytes // SHARD_BYTES))
     fitting = [
         count
         for count in LANE_COUNTS

@@ -26,7 +26,7 @@ def prepare_text(
     *,
     documents: DocumentUnit = "line",
     tokenizer: PathLike | None = None,
-    vocab_size: int = 32000,
+    vocab_size: int = 16384,
     n_shards: int | None = None,
     workers: int | None = None,
     held_out: int | None = None,
@@ -46,7 +46,7 @@ def prepare_text(
         tokenizer: A `tokenizer.json` to use; None: train one on the training documents (on about 100 MB of
             them, chosen at random, where there is more).
         vocab_size: Ids of a trained tokenizer, special tokens and 100 sentinels counted.
-        n_shards: Training shards; None: about 64 MB each, and at least 24 where there are enough documents.
+        n_shards: Training shards; None: about 64 MB each, and 24 to 96 at least where there are enough documents.
         workers: Processes; None: one per core.
         held_out: Documents kept for evaluation, chosen by a hash of (seed, number of the document); None: 1
             %, at most 2000; 0: none.
@@ -79,7 +79,7 @@ def prepare_pairs(
     eval_source: PathLike | None = None,
     eval_target: PathLike | None = None,
     tokenizer: PathLike | None = None,
-    vocab_size: int = 32000,
+    vocab_size: int = 16384,
     n_shards: int | None = None,
     workers: int | None = None,
     held_out: int | None = None,

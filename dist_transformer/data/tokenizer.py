@@ -22,6 +22,15 @@ _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 Model = Literal["bpe", "unigram"]
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise a `DataError` for a vocabulary that does not even hold the bytes."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and {N_SENTINELS} sentinels "
+            f"need at least {SMALLEST_VOCABULARY}"
+        )
+
+
 class TextTokenizer:
     """Text to token ids and back.
 
@@ -71,12 +80,7 @@ class TextTokenizer:
         Raises:
             DataError: `vocab_size` does not even hold the bytes, or there is no text.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise DataError(
-                f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and {N_SENTINELS} "
-                "sentinels "
-                f"need at least {SMALLEST_VOCABULARY}"
-            )
+        check_vocab_size(vocab_size)
         options: dict[str, Any] = {
             "vocab_size": vocab_size - N_SENTINELS,
             "special_tokens": [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN],

@@ -12,7 +12,7 @@ import platform
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,8 +49,6 @@ class TrainerState:
     """Samples left out for their length, in the whole run."""
     data: dict[str, Any] | None = None
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
-    tracking: dict[str, Any] = field(default_factory=dict)
-    """Dashboard ids."""
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

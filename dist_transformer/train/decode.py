@@ -12,7 +12,6 @@ from accelerate.utils import find_executable_batch_size
 
 from dist_transformer.config import Config, load_config
 from dist_transformer.data.batch import EOS_ID, PAD_ID
-from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
 from dist_transformer.errors import CheckpointError, ConfigError, DataError
@@ -38,7 +37,7 @@ class TrainedRun:
         if checkpoint is None:
             raise CheckpointError(f"{run_dir}: no checkpoint yet")
         self.config: Config = load_config(run_dir / "config.yaml")
-        self.tokenizer = TextTokenizer.load(_tokenizer_path(run_dir, self.config))
+        self.tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: EncoderDecoder = build_model(self.config.model).to_empty(device=self.device)
         weights = load_weights(checkpoint)
@@ -172,11 +171,6 @@ def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequenc
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in rows], device=device)
-
-
-def _tokenizer_path(run_dir: Path, config: Config) -> Path:
-    own = run_dir / "tokenizer.json"
-    return own if own.exists() else load_manifest(config.data.train).tokenizer_path
 
 
 def _read_lines(name: str) -> list[str]:

@@ -1,11 +1,13 @@
 """All that can be wrong with a run is found here, before any rank has started to train."""
 
+import shutil
 from pathlib import Path
 
 from torch import Tensor
 
-from dist_transformer.config import Config
+from dist_transformer.config import Config, dump_config
 from dist_transformer.data.check import check_data
+from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
 from dist_transformer.engine.deepspeed_config import grad_accum_steps
@@ -43,6 +45,18 @@ def _prepare(config: Config, dp_size: int) -> tuple[Config, TextTokenizer]:
     except OSError as problem:
         raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {problem.strerror}") from None
     return config, TextTokenizer.load(summary.tokenizer_path)
+
+
+def keep_inputs(config: Config, run_dir: Path, start_step: int) -> None:
+    """Write what the run needs to be used later, wherever its shards are then: configuration and tokenizer.
+
+    A configuration that differs from the last start's is written over it; the old one is kept beside.
+    """
+    path, text = run_dir / "config.yaml", dump_config(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        path.replace(run_dir / f"config.until-step-{start_step:08d}.yaml")
+    path.write_text(text, encoding="utf-8")
+    shutil.copyfile(load_manifest(config.data.train).tokenizer_path, run_dir / "tokenizer.json")
 
 
 def with_vocabulary(config: Config, n_tokens: int) -> Config:

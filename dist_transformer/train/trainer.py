@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dist_transformer.config import Config, dump_config
+from dist_transformer.config import Config
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.stream import TrainStream, fingerprint, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
@@ -33,7 +33,7 @@ from dist_transformer.train.hooks import (
     StepReport,
     StepTotals,
 )
-from dist_transformer.train.prepare_run import initial_weights, prepare_run
+from dist_transformer.train.prepare_run import initial_weights, keep_inputs, prepare_run
 
 
 def train(config: Config) -> None:
@@ -193,7 +193,7 @@ def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
     if not mesh.is_rank_zero:
         return Outlets()
     run_dir = Path(config.run.dir)
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    keep_inputs(config, run_dir, start_step)
     console = Console(config.train.steps, start_step)
     sinks = build_sinks(config.tracking, run_dir, config.model_dump(mode="json"), console.message)
     log = MetricsLog(run_dir, sinks, console.message)

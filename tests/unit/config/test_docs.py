@@ -9,7 +9,8 @@ import pytest
 
 from dist_transformer.cli import build_parser
 from dist_transformer.config import Config, build_config, load_config, preset_names
-from dist_transformer.config.describe import REFUSED_DEEPSPEED_KEYS, describe, in_yaml, sections
+from dist_transformer.config.describe import describe, in_yaml, sections
+from dist_transformer.config.schema import OWNED_DEEPSPEED_KEYS
 from dist_transformer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,13 +57,13 @@ def test_defaults_are_written_as_yaml_reads_them() -> None:
                 assert read == expected, f"{path}.{name}"
 
 
-@pytest.mark.parametrize("key", REFUSED_DEEPSPEED_KEYS)
+@pytest.mark.parametrize("key", OWNED_DEEPSPEED_KEYS)
 def test_refused_deepspeed_keys_are_refused(key: str) -> None:
     value: object = 1
     for name in reversed(key.split(".")):
         value = {name: value}
     tree = {"run": {"dir": "x"}, "data": {"train": "x"}, "train": {"steps": 1}, "deepspeed": value}
-    with pytest.raises(ConfigError, match=re.escape(REFUSED_DEEPSPEED_KEYS[key].split(" ")[0])):
+    with pytest.raises(ConfigError, match=re.escape(OWNED_DEEPSPEED_KEYS[key].split(" ")[0])):
         build_config(tree)
 
 

@@ -226,6 +226,8 @@ def test_default_shards() -> None:
     assert default_shards(1000, 7, 7) == 1
     assert default_shards(1000, 100, 100) == 12
     assert default_shards(1000, 10_000, 10_000) == 24
+    assert default_shards(1000, 50_000, 50_000) == 60
+    assert default_shards(1000, 500_000, 500_000) == 96
     assert default_shards(20 << 20, 52, 5_000) == 24
     assert default_shards(10 << 30, 10**7, 10**7) == 180
     assert default_shards(1 << 50, 10**9, 10**9) == 30720
