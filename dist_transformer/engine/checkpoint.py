@@ -4,10 +4,9 @@ RUN_DIR/checkpoints/step-00000100/    DeepSpeed's files, one `rng-*.pt` a rank, 
 RUN_DIR/checkpoints/latest            text: the name of the newest complete one
 """
 
-import contextlib
-import io
 import json
 import os
+import pickle
 import platform
 import random
 import shutil
@@ -25,12 +24,15 @@ import dist_transformer
 from dist_transformer.config import Config, ModelConfig
 from dist_transformer.config.model import Side
 from dist_transformer.engine.engine import Engine
+from dist_transformer.engine.saved_weights import names_of_masters, read_weights
 from dist_transformer.errors import CheckpointError
 from dist_transformer.parallel.collectives import barrier, raise_together
 from dist_transformer.parallel.mesh import Mesh
 
 _FORMAT = 1
 _PARTIAL = ".partial"
+# What reading a damaged file of torch's may raise.
+_DAMAGE = (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -102,7 +104,12 @@ def save_checkpoint(engine: Engine, state: TrainerState, keep: int) -> Path:
             script.unlink()  # DeepSpeed leaves its conversion scripts beside the checkpoints; `load_weights` serves
         _write_json(
             partial / "trainer.json",
-            {"format": _FORMAT, "state": asdict(state), **_description(config, mesh)},
+            {
+                "format": _FORMAT,
+                "state": asdict(state),
+                **_description(config, mesh),
+                "master_names": names_of_masters(engine.optimizer, engine.deepspeed.module),
+            },
         )
         _publish(partial, final, keep)
     barrier(mesh)
@@ -177,7 +184,7 @@ def load_checkpoint(engine: Engine, path: Path) -> TrainerState:
         if loaded is None:
             error = CheckpointError(f"{path}: DeepSpeed found no model in it")
         _set_rng_state(torch.load(path / f"rng-{mesh.rank:05d}.pt", weights_only=False))
-    except (RuntimeError, OSError, EOFError, KeyError) as damage:
+    except _DAMAGE as damage:
         error = CheckpointError(f"{path}: cannot be loaded: {str(damage).splitlines()[0]}")
     raise_together(error, mesh)
     return read_trainer_state(path)
@@ -190,17 +197,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: if they cannot be read.
     """
     _check_files(path)
-    stage = _read_description(path)["layout"]["zero_stage"]
+    master_names = _read_description(path).get("master_names", [])
     try:
-        if stage == 0:
-            name = "mp_rank_00_model_states.pt"
-            weights = torch.load(path / name, map_location="cpu", weights_only=False)["module"]
-        else:
-            with contextlib.redirect_stdout(io.StringIO()):
-                weights = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
-                    str(path.parent), tag=path.name
-                )
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as damage:
+        weights = read_weights(path, master_names)
+    except (*_DAMAGE, ValueError) as damage:
         raise CheckpointError(f"{path}: weights cannot be read: {str(damage).splitlines()[0]}") from None
     return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
 

@@ -1,5 +1,7 @@
 """One optimizer update over a list of micro-batches: DeepSpeed ZeRO underneath, token-exact loss on top."""
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,13 +56,14 @@ class Engine:
         torch.manual_seed(config.run.seed * 1_000_003 + mesh.dp_rank)
         module = TrainingModule(model, config.train)
         optimizer = build_optimizer(module, config.optimizer)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=self.deepspeed_config,
-            mpu=mesh,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # Some wrappers print their memory, on every rank.
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=self.deepspeed_config,
+                mpu=mesh,
+                dist_init_required=False,
+            )
         self._inner = optimizer
         for state in optimizer.state.values():
             # Some of DeepSpeed's wrappers take an update with zero gradients while they are built.

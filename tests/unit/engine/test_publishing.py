@@ -58,7 +58,13 @@ def fake_engine(run_dir: Path) -> Engine:
         (Path(root) / "zero_to_fp32.py").write_text("# left by DeepSpeed")
 
     return cast(
-        "Engine", SimpleNamespace(config=config, mesh=mesh, deepspeed=SimpleNamespace(save_checkpoint=save))
+        "Engine",
+        SimpleNamespace(
+            config=config,
+            mesh=mesh,
+            optimizer=None,
+            deepspeed=SimpleNamespace(save_checkpoint=save, module=None),
+        ),
     )
 
 
