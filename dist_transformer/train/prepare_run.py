@@ -9,7 +9,7 @@ from dist_transformer.config import Config, dump_config
 from dist_transformer.data.check import check_data
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
+from dist_transformer.engine.checkpoint import check_checkpoint, check_model, latest_checkpoint, load_weights
 from dist_transformer.engine.deepspeed_config import grad_accum_steps
 from dist_transformer.errors import CheckpointError, ConfigError, UserError
 from dist_transformer.parallel.collectives import raise_together
@@ -59,6 +59,26 @@ def keep_inputs(config: Config, run_dir: Path, start_step: int) -> None:
     shutil.copyfile(load_manifest(config.data.train).tokenizer_path, run_dir / "tokenizer.json")
 
 
+def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
+    """The checkpoint that the run goes on from; None: it starts, from `train.init_from` where given. A collective.
+
+    Raises:
+        UserError: on every rank, if what is there cannot be used on any.
+    """
+    error: Exception | None = None
+    checkpoint: Path | None = None
+    try:
+        checkpoint = latest_checkpoint(Path(config.run.dir))
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, config, mesh)
+        else:
+            _initial_checkpoint(config)
+    except UserError as problem:
+        error = problem
+    raise_together(error, mesh)
+    return checkpoint
+
+
 def with_vocabulary(config: Config, n_tokens: int) -> Config:
     """The configuration with `model.vocab_size` known.
 
@@ -82,6 +102,11 @@ def initial_weights(config: Config) -> dict[str, Tensor] | None:
     Raises:
         CheckpointError: if there is no checkpoint, or it is of another model.
     """
+    checkpoint = _initial_checkpoint(config)
+    return None if checkpoint is None else load_weights(checkpoint)
+
+
+def _initial_checkpoint(config: Config) -> Path | None:
     source = config.train.init_from
     if source is None:
         return None
@@ -89,4 +114,5 @@ def initial_weights(config: Config) -> dict[str, Tensor] | None:
     checkpoint = path if (path / "trainer.json").exists() else latest_checkpoint(path)
     if checkpoint is None:
         raise CheckpointError(f"train.init_from={source}: no checkpoint there")
-    return load_weights(checkpoint)
+    check_model(checkpoint, config.model, "give this run the same model section, or another train.init_from")
+    return checkpoint

@@ -1,0 +1,105 @@
+"""The vocabulary comes from the data; initial weights from a checkpoint of the same model only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_transformer.config import Config, build_config
+from dist_transformer.errors import CheckpointError, ConfigError
+from dist_transformer.model import build_model, initialize
+from dist_transformer.train.prepare_run import initial_weights, with_vocabulary
+
+SMALL = {"d_model": 16, "d_ff": 24, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1}
+
+
+def config_of(model: dict[str, Any], **train: Any) -> Config:
+    return build_config(
+        {
+            "run": {"dir": "x"},
+            "data": {"train": "x"},
+            "train": {"steps": 1, **train},
+            "model": {**SMALL, **model},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "n_tokens", "size"),
+    [
+        ({}, 1, 64),
+        ({}, 64, 64),
+        ({}, 65, 128),
+        ({"pad_vocab_to": 1}, 65, 65),
+        ({"pad_vocab_to": 100}, 401, 500),
+        ({"vocab_size": 700}, 700, 700),
+        ({"vocab_size": 700}, 65, 700),
+    ],
+)
+def test_vocabulary(model: dict[str, Any], n_tokens: int, size: int) -> None:
+    config = config_of(model)
+    resolved = with_vocabulary(config, n_tokens)
+    assert resolved.model.vocab_size == size
+    assert resolved.model.model_copy(update={"vocab_size": config.model.vocab_size}) == config.model
+    assert with_vocabulary(resolved, n_tokens) == resolved
+
+
+def test_a_vocabulary_that_is_too_small() -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_vocabulary(config_of({"vocab_size": 64}), 65)
+    assert "model.vocab_size=64 is smaller than the tokenizer's 65 tokens: set it to null, or to 65" in str(
+        caught.value
+    )
+
+
+def checkpoint_of(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint as stage 0 in float32 writes it, without an engine."""
+    model = build_model(config.model)
+    initialize(model, 5, torch.device("cpu"))
+    path = folder / "checkpoints" / "step-00000001"
+    path.mkdir(parents=True)
+    weights = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    torch.save({"module": weights}, path / "mp_rank_00_model_states.pt")
+    description = {
+        "format": 1,
+        "model": config.model.model_dump(mode="json"),
+        "layout": {"zero_stage": 0},
+    }
+    (path / "trainer.json").write_text(json.dumps(description))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    (path / "files.json").write_text(json.dumps(sizes))
+    (folder / "checkpoints" / "latest").write_text("step-00000001\n")
+    return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+def test_initial_weights(tmp_path: Path) -> None:
+    expected = checkpoint_of(config_of({"vocab_size": 64}), tmp_path)
+    assert initial_weights(config_of({"vocab_size": 64})) is None
+    for source in (tmp_path, tmp_path / "checkpoints" / "step-00000001"):
+        weights = initial_weights(config_of({"vocab_size": 64, "dropout": 0.4}, init_from=str(source)))
+        assert weights is not None
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"vocab_size": 128}, "model.vocab_size is 64 there and 128"),
+        ({"vocab_size": 64, "d_ff": 32}, "model.d_ff is 24 there and 32"),
+        ({"vocab_size": 64, "n_heads": 4}, "model.n_heads is 2 there and 4"),
+    ],
+)
+def test_weights_of_another_model(tmp_path: Path, model: dict[str, Any], says: str) -> None:
+    checkpoint_of(config_of({"vocab_size": 64}), tmp_path)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        initial_weights(config_of(model, init_from=str(tmp_path)))
+    assert "train.init_from" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_weights_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"train\.init_from=.*nothing: no checkpoint there"):
+        initial_weights(config_of({"vocab_size": 64}, init_from=str(tmp_path / "nothing")))
