@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed-$(shell cksum pyproject.toml | cut -d' ' -f1)
 
 .PHONY: setup quickstart test lint clean
 setup: $(STAMP)
+	@echo "==> $(VENV) is ready"
 
 $(STAMP):
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
@@ -19,7 +20,6 @@ $(STAMP):
 	@echo "==> installing dist_transformer and what it needs"
 	@DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@rm -f $(VENV)/.installed-* && touch $@
-	@echo "==> ready: $(VENV)/bin/dist-transformer --help"
 
 quickstart: setup
 	@launch/quickstart.sh
