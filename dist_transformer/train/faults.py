@@ -39,7 +39,9 @@ class BadSteps:
         UserError: after `limit` bad updates in a row.
         """
         if self.in_a_row >= self.limit:
-            raise UserError(
+            error = UserError(
                 f"step {step}: loss or gradient was not finite in {self.in_a_row} updates in a row: "
                 f"the run has diverged. Go on from the last checkpoint with a lower optimizer.lr or a longer warm-up"
             )
+            error.on_every_rank = True  # type: ignore[attr-defined]  # One rank's sentence is enough.
+            raise error

@@ -13,8 +13,6 @@ from dist_transformer.data.stream import TrainStream, fingerprint, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import (
     TrainerState,
-    check_checkpoint,
-    latest_checkpoint,
     load_checkpoint,
     read_trainer_state,
 )
@@ -33,7 +31,7 @@ from dist_transformer.train.hooks import (
     StepReport,
     StepTotals,
 )
-from dist_transformer.train.prepare_run import initial_weights, keep_inputs, prepare_run
+from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
 
 
 def train(config: Config) -> None:
@@ -45,9 +43,7 @@ def train(config: Config) -> None:
     signals = StopSignals()
     with open_mesh(config.parallel.tp_degree) as mesh:
         config, tokenizer = prepare_run(config, mesh)
-        checkpoint = latest_checkpoint(Path(config.run.dir))
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, config, mesh)
+        checkpoint = find_checkpoint(config, mesh)
         outlets = _open_outlets(config, mesh, read_trainer_state(checkpoint).step if checkpoint else 0)
         exit_code = 1
         try:

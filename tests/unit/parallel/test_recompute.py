@@ -37,7 +37,7 @@ def step(model: EncoderDecoder) -> tuple[Tensor, dict[str, Tensor], int]:
         hidden = model(**inputs)
     n_bytes = sum(size for (pointer, _), size in kept.items() if pointer not in own)
     loss = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return hidden.detach(), gradients, n_bytes
 
