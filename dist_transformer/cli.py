@@ -382,7 +382,7 @@ def _config(options: argparse.Namespace) -> None:
         return
     value: object = config
     for name in options.field.split("."):
-        if not hasattr(value, name):
+        if name not in getattr(type(value), "model_fields", {}):
             raise ConfigError(f"--field {options.field}: there is no such field")
         value = getattr(value, name)
     print(value)
