@@ -145,8 +145,9 @@ def test_config_prints_what_a_run_would_use(
 
 
 @pytest.mark.parametrize(
-    ("field", "printed"), [("train.steps", "3"), ("run.dir", "x"), ("data.eval", "None"), ("tracking.wandb.mode", "auto")]
-)  # fmt: skip
+    ("field", "printed"),
+    [("train.steps", "3"), ("run.dir", "x"), ("data.eval", "None"), ("tracking.wandb.mode", "auto")],
+)
 def test_one_field(field: str, printed: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", str(config), "--field", field]) == 0
     assert capsys.readouterr().out == f"{printed}\n"
