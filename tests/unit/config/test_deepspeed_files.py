@@ -1,5 +1,6 @@
 """Every file of `configs/deepspeed` is used by some stage and is one that DeepSpeed takes; what we own is refused."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from dist_transformer.config import Config, ParallelConfig, build_config, shipped_files
+from dist_transformer.config.schema import OWNED_DEEPSPEED_KEYS
 from dist_transformer.errors import ConfigError
 
 FOLDER = shipped_files("configs") / "deepspeed"
@@ -78,24 +80,27 @@ def test_every_file_is_one_that_deepspeed_knows(path: Path) -> None:
     DeepSpeedZeroConfig(**tree["zero_optimization"])
 
 
-@pytest.mark.parametrize(
-    ("key", "ours"),
-    [
-        ("train_batch_size", "train.global_batch_size"),
-        ("train_micro_batch_size_per_gpu", "train.micro_batch_size"),
-        ("gradient_accumulation_steps", "train.global_batch_size and train.micro_batch_size"),
-        ("gradient_clipping", "train.clip"),
-        ("bf16", "train.precision"),
-        ("fp16", "train.precision"),
-        ("optimizer", "optimizer"),
-        ("scheduler", "optimizer.schedule"),
-        ("wandb", "tracking.wandb"),
-        ("tensorboard", "tracking.tensorboard"),
-    ],
-)
-def test_keys_that_we_own_are_refused(key: str, ours: str) -> None:
-    with pytest.raises(ConfigError, match=rf"deepspeed\.{key} is ours to set: use {ours}"):
-        config_of(2, "none", **{key: 1})
+@pytest.mark.parametrize("key", OWNED_DEEPSPEED_KEYS)
+def test_keys_that_we_own_are_refused(key: str) -> None:
+    first, _, rest = key.partition(".")
+    with pytest.raises(ConfigError) as caught:
+        config_of(2, "none", **{first: {rest: 1} if rest else 1})
+    assert f"deepspeed.{key} is ours to set: use {OWNED_DEEPSPEED_KEYS[key]}" in str(caught.value)
+
+
+def test_what_is_named_instead_exists() -> None:
+    tree = config_of(2, "none").model_dump()
+    for named in OWNED_DEEPSPEED_KEYS.values():
+        for path in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", named.partition(" (")[0].replace(" and ", ",")):
+            value: Any = tree
+            for name in path.split("."):
+                assert name in value, path
+                value = value[name]
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "bf16", "optimizer", "wandb", "zero_optimization.stage"])
+def test_what_would_break_the_arithmetic_is_owned(key: str) -> None:
+    assert key in OWNED_DEEPSPEED_KEYS
 
 
 def test_the_stage_is_ours_too_and_the_rest_is_not() -> None:
