@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             traceback.print_exc()
-        elif rank == 0 or not getattr(error, "on_every_rank", False):
+        elif rank == 0 or not error.on_every_rank:
             where = f"rank {rank}: " if rank else ""
             print(f"dist-transformer: {where}{error}", file=sys.stderr)
         return error.exit_code
@@ -249,8 +249,7 @@ def _add_config(commands: _Commands) -> None:
     )
     _add_config_arguments(check)
     check.add_argument("--field", metavar="section.key", help="print this field's value only")
-    presets = _command(commands, "presets", "list the model presets", "dist-transformer presets", _presets)
-    del presets
+    _command(commands, "presets", "list the model presets", "dist-transformer presets", _presets)
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,8 @@ class UserError(Exception):
     """Something the user can mend. The message names the file, key or shard, and the fix."""
 
     exit_code = 1
+    on_every_rank = False
+    """True once every rank raises it: then one of them alone need print it."""
 
 
 class ConfigError(UserError):

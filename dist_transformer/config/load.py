@@ -72,7 +72,7 @@ def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     problems = []
     if isinstance(tree.get("model"), dict) and tree["model"].get("preset") is not None:
         try:
-            tree["model"] = _merge(_load_preset(tree["model"]["preset"]), tree["model"])
+            tree["model"] = merge(_load_preset(tree["model"]["preset"]), tree["model"])
         except ConfigError as error:
             problems.append(str(error))
             del tree["model"]  # Fields over an unknown preset cannot be judged.
@@ -130,11 +130,12 @@ def _as_number(text: str) -> str | float:
         return text
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary with another's values over its own."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        merged[key] = merge(base[key], value) if both else value
     return merged
 
 

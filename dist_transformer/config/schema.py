@@ -23,6 +23,11 @@ OWNED_DEEPSPEED_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
+    "zero_optimization.compute_grad_norm": "train.max_bad_steps (the norm finds bad updates)",
+    "prescale_gradients": "train.global_batch_size (the loss is divided once, by target tokens)",
+    "gradient_predivide_factor": "train.global_batch_size (the loss is divided once, by target tokens)",
     "zero_allow_untested_optimizer": "optimizer.name",
     "wandb": "tracking.wandb (DeepSpeed's own logging would make W&B drop ours)",
     "tensorboard": "tracking.tensorboard",
@@ -84,7 +89,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights in the optimizer."""
     grad_accum_dtype: Literal["fp32", "same"] = "fp32"
-    """Precision in which micro-steps' gradients add up; `same` as the parameters saves memory in bf16."""
+    """Precision in which micro-steps' gradients add up; `same` as the parameters saves memory; ZeRO 0 has `same`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of the uniform distribution in the target (the paper, section 5.4)."""
     z_loss: NonNegativeFloat = 0.0

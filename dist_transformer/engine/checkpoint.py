@@ -25,7 +25,7 @@ from dist_transformer.config import Config, ModelConfig
 from dist_transformer.config.model import Side
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saved_weights import names_of_masters, read_weights
-from dist_transformer.errors import CheckpointError
+from dist_transformer.errors import CheckpointError, UserError
 from dist_transformer.parallel.collectives import barrier, raise_together
 from dist_transformer.parallel.mesh import Mesh
 
@@ -176,7 +176,7 @@ def _differences(saved: ModelConfig, now: ModelConfig) -> Iterator[tuple[str, ob
 def load_checkpoint(engine: Engine, path: Path) -> TrainerState:
     """Weights, optimizer and random generators from a checkpoint that `check_checkpoint` accepts. A collective."""
     mesh = engine.mesh
-    error: Exception | None = None
+    error: UserError | None = None
     try:
         loaded, _ = engine.deepspeed.load_checkpoint(
             str(path.parent), tag=path.name, load_lr_scheduler_states=False, load_module_strict=True

@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from dist_transformer.config import Config, shipped_files
+from dist_transformer.config.load import merge
 from dist_transformer.errors import ConfigError
 
 
@@ -19,7 +20,7 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     accumulate_fp32 = (
         train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
     )
-    tree = _merge(
+    tree = merge(
         _stage_settings(config),
         {
             "train_batch_size": train.global_batch_size,
@@ -34,7 +35,7 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
             "steps_per_print": 2**31 - 1,
         },
     )
-    return _merge(tree, config.deepspeed)
+    return merge(tree, config.deepspeed)
 
 
 def _stage_settings(config: Config) -> dict[str, Any]:
@@ -80,11 +81,3 @@ def grad_accum_steps(config: Config, dp_size: int) -> int:
             f"{train.micro_batch_size} x {dp_size} data-parallel ranks: {hint}"
         )
     return train.global_batch_size // rows
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged

@@ -69,7 +69,7 @@ class Engine:
             # Some of DeepSpeed's wrappers take an update with zero gradients while they are built.
             if "step" in state:
                 state["step"].zero_()
-        if isinstance(optimizer, RMSScaledAdamW):
+        if isinstance(optimizer, RMSScaledAdamW) and config.parallel.zero_stage:
             set_layouts(self.optimizer, optimizer, mesh)
 
     @property

@@ -12,7 +12,7 @@ from dist_transformer.parallel.mesh import Mesh
 
 
 def set_layouts(optimizer: Any, inner: RMSScaledAdamW, mesh: Mesh) -> None:
-    """Tell the inner optimizer how ZeRO's optimizer has flattened the parameters; nothing to do without ZeRO.
+    """Tell the inner optimizer how ZeRO's optimizer has flattened the parameters; called under ZeRO only.
 
     Args:
         optimizer: DeepSpeed's wrapper, of stage 1, 2 or 3, or of mixed precision.
@@ -27,7 +27,9 @@ def set_layouts(optimizer: Any, inner: RMSScaledAdamW, mesh: Mesh) -> None:
         groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
         found = [(flat, _mapped_segments(params), len(params)) for params, flat in groups]
     else:
-        return
+        raise TypeError(
+            f"{type(optimizer).__name__}: where parameters lie in this DeepSpeed optimizer is not known"
+        )
 
     def all_reduce(values: Tensor) -> None:
         if mesh.dp_size > 1:

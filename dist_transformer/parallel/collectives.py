@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_transformer.errors import UserError
 from dist_transformer.parallel.mesh import Mesh
 
 T = TypeVar("T")
@@ -36,15 +37,15 @@ def barrier(mesh: Mesh) -> None:
             torch.cuda.synchronize(mesh.device)
 
 
-def raise_together(error: Exception | None, mesh: Mesh) -> None:
+def raise_together(error: UserError | None, mesh: Mesh) -> None:
     """End every rank if one of them failed: without this, the others would wait for it until a timeout.
 
     Raises:
-        Exception: this rank's own error, or the first failing rank's; its attribute `on_every_rank` is True,
+        UserError: this rank's own error, or the first failing rank's; its attribute `on_every_rank` is True,
             so that one rank alone need print it.
     """
     for failed in gather_objects(error, mesh):
         if failed is not None:
             first = error if error is not None else failed
-            first.on_every_rank = True  # type: ignore[attr-defined]
+            first.on_every_rank = True
             raise first

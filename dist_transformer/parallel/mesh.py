@@ -1,7 +1,6 @@
 """The mesh of ranks: the one place with degree arithmetic. world = dp x tp, tp innermost."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +71,8 @@ def world_from_environment() -> tuple[int, int, int]:
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
-        # A batch shell has SLURM_PROCID too; only a job step has a step id that is a task's.
-        if rank in os.environ and (rank == "RANK" or "MASTER_ADDR" in os.environ):
+        # A batch shell has SLURM_PROCID too; tasks that shall meet are told where (see `_check_rendezvous`).
+        if rank in os.environ and world in os.environ and (rank == "RANK" or "MASTER_ADDR" in os.environ):
             return int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, "0"))
     return 0, 1, 0
 
@@ -158,8 +157,3 @@ def _build_mesh(
         dp_group=dp_groups[tp_rank],
         tp_group=tp_groups[dp_rank],
     )
-
-
-def host_name() -> str:
-    """This machine's name, for messages that must say which rank is meant."""
-    return socket.gethostname()

@@ -43,5 +43,5 @@ class BadSteps:
                 f"step {step}: loss or gradient was not finite in {self.in_a_row} updates in a row: "
                 f"the run has diverged. Go on from the last checkpoint with a lower optimizer.lr or a longer warm-up"
             )
-            error.on_every_rank = True  # type: ignore[attr-defined]  # One rank's sentence is enough.
+            error.on_every_rank = True  # One rank's sentence is enough.
             raise error

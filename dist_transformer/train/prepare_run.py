@@ -23,7 +23,7 @@ def prepare_run(config: Config, mesh: Mesh) -> tuple[Config, TextTokenizer]:
     Raises:
         UserError: on every rank, if it fails on any.
     """
-    error: Exception | None = None
+    error: UserError | None = None
     prepared: tuple[Config, TextTokenizer] | None = None
     try:
         prepared = _prepare(config, mesh.dp_size)
@@ -65,7 +65,7 @@ def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
     Raises:
         UserError: on every rank, if what is there cannot be used on any.
     """
-    error: Exception | None = None
+    error: UserError | None = None
     checkpoint: Path | None = None
     try:
         checkpoint = latest_checkpoint(Path(config.run.dir))

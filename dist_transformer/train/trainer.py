@@ -18,7 +18,13 @@ from dist_transformer.engine.checkpoint import (
 )
 from dist_transformer.engine.deepspeed_config import grad_accum_steps
 from dist_transformer.engine.engine import Engine
-from dist_transformer.parallel.collectives import barrier, gather_objects, sum_over_data_parallel
+from dist_transformer.errors import ConfigError, UserError
+from dist_transformer.parallel.collectives import (
+    barrier,
+    gather_objects,
+    raise_together,
+    sum_over_data_parallel,
+)
 from dist_transformer.parallel.mesh import Mesh, open_mesh
 from dist_transformer.tracking import Console, MetricsLog, build_sinks
 from dist_transformer.train.faults import BadSteps, StopSignals
@@ -186,10 +192,23 @@ def _totals(counts: Sequence[int], combined: int | None) -> StepTotals:
 
 
 def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
-    if not mesh.is_rank_zero:
-        return Outlets()
+    """Rank zero's log and screen. A collective: if they cannot be opened, no rank goes on."""
+    outlets, error = Outlets(), None
+    if mesh.is_rank_zero:
+        try:
+            outlets = _outlets_of_rank_zero(config, start_step)
+        except UserError as problem:
+            error = problem
+    raise_together(error, mesh)
+    return outlets
+
+
+def _outlets_of_rank_zero(config: Config, start_step: int) -> Outlets:
     run_dir = Path(config.run.dir)
-    keep_inputs(config, run_dir, start_step)
+    try:
+        keep_inputs(config, run_dir, start_step)
+    except OSError as problem:
+        raise ConfigError(f"run.dir={run_dir}: cannot be written: {problem.strerror or problem}") from None
     console = Console(config.train.steps, start_step)
     sinks = build_sinks(config.tracking, run_dir, config.model_dump(mode="json"), console.message)
     log = MetricsLog(run_dir, sinks, console.message)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
@@ -64,8 +65,10 @@ def run_ranks(
             )
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        # Before they start: they import what looks for GPUs.
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+            for process in ranks:
+                process.start()
         try:
             for _ in ranks:
                 rank, value, error = results.get(timeout=limit_s)
