@@ -129,6 +129,9 @@ fi
 # A request to stop goes to the ranks, as USR1: they save and end with 0, and so does torchrun. Torchrun itself would
 # die of USR1, and on TERM it gives its ranks 30 seconds: it ignores both (ranks set their own handler).
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
+# After a restart, ranks must not find their peers' old addresses. In the store that nodes share, keys are kept apart by each
+# node's own count of failures, which differ; so ranks get a new store each time.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 status=0
 trap '' USR1 TERM # before the fork: between a fork and its first command, a signal would end the child
 (exec setsid "$python" -m torch.distributed.run \
