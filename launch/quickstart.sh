@@ -22,7 +22,7 @@ for path in sorted(root.rglob("*.py")):
         print(path)
 PY
   )
-  $bin/dist-transformer prepare text "${files[@]}" --documents file --vocab-size 4096 --max-document-tokens 512 --bad-utf8 replace --out $shards
+  $bin/dist-transformer prepare text "${files[@]}" --documents file --vocab-size 3000 --max-document-tokens 512 --bad-utf8 replace --out $shards
 fi
 
 n_gpus=0

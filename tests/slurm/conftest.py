@@ -142,7 +142,7 @@ def config(pair_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train": str(pair_shards), "eval": str(pair_shards), "objective": "pairs", "fingerprint": True,
             "max_source_len": 64, "max_target_len": 64, "window": 64,
         },
-        "train": {"steps": 300, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"steps": 160, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "optimizer": {"lr": 0.005, "warmup_steps": 10},
         "checkpoint": {"every": 10_000, "keep": 2},
         "evaluate": {"every": 10_000, "batches": 2},

@@ -9,7 +9,7 @@ from tests.e2e.conftest import steps_of
 from tests.slurm.conftest import TEMPLATE, Cluster, Job
 
 COMPARED = ("train/loss", "train/grad_norm", "data/fingerprint", "trainer/tokens_seen")
-N_STEPS = 300
+N_STEPS = 160
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -82,9 +82,12 @@ def test_every_file_is_one_that_deepspeed_knows(path: Path) -> None:
 
 @pytest.mark.parametrize("key", OWNED_DEEPSPEED_KEYS)
 def test_keys_that_we_own_are_refused(key: str) -> None:
-    first, _, rest = key.partition(".")
+    first, *rest = key.split(".")
+    value: object = 1
+    for name in reversed(rest):
+        value = {name: value}
     with pytest.raises(ConfigError) as caught:
-        config_of(2, "none", **{first: {rest: 1} if rest else 1})
+        config_of(2, "none", **{first: value})
     assert f"deepspeed.{key} is ours to set: use {OWNED_DEEPSPEED_KEYS[key]}" in str(caught.value)
 
 
