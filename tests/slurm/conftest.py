@@ -101,7 +101,7 @@ class Job:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes in loopback mode; taken down at the end, whatever happens."""
+    """Two nodes, in loopback mode unless SLURMLAB_MODE says netns (root); taken down at the end, whatever happens."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
@@ -111,7 +111,7 @@ def cluster() -> Iterator[Cluster]:
     folder.chmod(0o755)  # munge insists
     script = Path(__file__).with_name("slurm_cluster.sh")
     env = {
-        **{key: value for key, value in environment().items() if not key.startswith(("SLURM", "SBATCH"))},
+        **{key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))},
         "PATH": path,
         "NPROC": "1",
         "SLURMLAB_DIR": str(folder / "lab"),
