@@ -22,7 +22,7 @@ for path in sorted(root.rglob("*.py")):
         print(path)
 PY
   )
-  $bin/dist-transformer prepare text "${files[@]}" --documents file --vocab-size 3000 --max-document-tokens 512 --bad-utf8 replace --out $shards
+  $bin/dist-transformer prepare text "${files[@]}" --documents file --vocab-size 2048 --max-document-tokens 512 --bad-utf8 replace --out $shards
 fi
 
 n_gpus=0
@@ -57,6 +57,6 @@ Done. Where to look next:
   $run/wandb/                 the dashboard run; upload with: $bin/wandb sync $run/wandb/offline-run-*
 Try it:
   echo 'def __init__(self, ___):' | $bin/dist-transformer generate $run
-  launch/local.sh configs/quickstart.yaml --nproc $ranks train.steps=800   # goes on from the checkpoint
+  launch/local.sh configs/quickstart.yaml --nproc $ranks train.steps=1200  # goes on from the checkpoint
 To train again from the start, remove $run.
 END
