@@ -64,8 +64,10 @@ done
 if [ "$status" -ne 0 ]; then
   # The rank that failed first has the reason; the others only lost their peer. torchrun's log knows which it was.
   first=$(sed -n '/Root Cause/,$s/.*local_rank: \([0-9]*\).*/\1/p' "$logs/launcher.log" | head -n 1)
-  reason=$(find "$logs" -path "*/${first:-0}/stderr.log" | head -n 1)
-  if [ -s "$reason" ]; then
+  # What every rank found, rank 0 alone prints.
+  reason=$(find "$logs" -path "*/${first:-0}/stderr.log" -size +0 | head -n 1)
+  [ -n "$reason" ] || { first=0; reason=$(find "$logs" -path "*/0/stderr.log" -size +0 | head -n 1); }
+  if [ -n "$reason" ]; then
     [ "${first:-0}" = 0 ] || echo "local.sh: rank $first failed first:" >&2
     tail -n 20 "$reason" >&2
   else
