@@ -16,9 +16,10 @@
 # SIGUSR1, SIGTERM or ctrl-C: the ranks save and end; the same command goes on from there.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+launcher_name=${LAUNCHER:-node.sh} # launch/local.sh is this script on one node
 
 usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-refuse() { echo "node.sh: $*" >&2; exit 2; }
+refuse() { echo "$launcher_name: $*" >&2; exit 2; }
 is_number() { case $1 in '' | *[!0-9]*) return 1 ;; esac; }
 
 # The address of a Slurm job's first node: its name where this machine can look it up, else what Slurm has for it.
@@ -48,11 +49,11 @@ while [ $# -gt 0 ]; do
       shift 2 ;;
     --nproc=*) nproc=${1#*=}; shift ;;
     --max-restarts=*) max_restarts=${1#*=}; shift ;;
-    -*) refuse "there is no option $1 (see launch/node.sh --help)" ;;
+    -*) refuse "there is no option $1 (see launch/$launcher_name --help)" ;;
     *) arguments+=("$1"); shift ;;
   esac
 done
-[ ${#arguments[@]} -gt 0 ] || refuse "no configuration: launch/node.sh CONFIG.yaml [options] (see launch/node.sh --help)"
+[ ${#arguments[@]} -gt 0 ] || refuse "no configuration: launch/$launcher_name CONFIG.yaml [options] (see launch/$launcher_name --help)"
 
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${NODE_RANK:-}" ]; then
   [ -n "${SLURM_STEP_ID:-}" ] || refuse "in a Slurm job it is started by srun, one task on each node: srun --ntasks-per-node=1 launch/node.sh ..."
@@ -100,7 +101,9 @@ run_dir=$("$python" -m dist_transformer config "${arguments[@]}" --field run.dir
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
 
-say() { echo "node.sh: node $NODE_RANK of $NNODES ($(uname -n)): $*"; }
+say() {
+  if [ "$NNODES" -eq 1 ]; then echo "$launcher_name: $*"; else echo "$launcher_name: node $NODE_RANK of $NNODES ($(uname -n)): $*"; fi
+}
 [ "$n_cores" -ge "$nproc" ] ||
   say "only $n_cores CPU core(s) for $nproc ranks: ask for more (Slurm: --cpus-per-task or --exclusive)" >&2
 logs=$run_dir/logs/$(date +%Y%m%d-%H%M%S)
@@ -117,7 +120,7 @@ if [ "$NODE_RANK" -eq 0 ] && [ ! -t 1 ]; then
   exec > >(trap '' USR1 TERM INT; exec tee -a "$logs/rank-0.log")
   tee=$!
 fi
-say "$nproc rank(s), meeting at $MASTER_ADDR:$MASTER_PORT; logs in $logs"
+say "$nproc rank(s), meeting at $MASTER_ADDR:$MASTER_PORT; their output is kept in $logs"
 
 # torchrun's own rendezvous sees a node that restarts its ranks and lets all others restart theirs. It numbers nodes by the
 # order of their addresses as text, and only the first one's address is used: so node 0 gives the address under which
@@ -161,7 +164,11 @@ done
 if [ "$status" -ne 0 ]; then
   # The rank that failed first has the reason; the others only lost their peer. torchrun's log knows which it was.
   first=$(sed -n '/Root Cause/,$s/.*local_rank: \([0-9]*\).*/\1/p' "$logs/launcher.log" | tail -n 1)
-  reason=$(find "$logs" -path "*/${first:-0}/stderr.log" | sort | tail -n 1)
+  # What every rank found, rank 0 alone prints.
+  reason=""
+  for rank in "${first:-0}" 0; do
+    [ -s "$reason" ] || reason=$(find "$logs" -path "*/$rank/stderr.log" -size +0 | sort | tail -n 1)
+  done
   [ -s "$reason" ] || reason=$logs/launcher.log
   say "training ended with status $status; all output of its ranks is in $logs; the end of ${reason#"$logs/"}:" >&2
   tail -n 20 "$reason" >&2

@@ -57,6 +57,6 @@ Done. Where to look next:
   $run/wandb/                 the dashboard run; upload with: $bin/wandb sync $run/wandb/offline-run-*
 Try it:
   echo 'def __init__(self, ___):' | $bin/dist-transformer generate $run
-  launch/local.sh configs/quickstart.yaml --nproc $ranks train.steps=1200  # goes on from the checkpoint
+  launch/local.sh configs/quickstart.yaml --nproc $ranks train.steps=2000  # goes on from the checkpoint
 To train again from the start, remove $run.
 END
