@@ -122,7 +122,16 @@ def read_trainer_state(path: Path) -> TrainerState:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    return TrainerState(**_read_description(path)["state"])
+    description = _read_description(path)
+    try:
+        return TrainerState(**description["state"])
+    except (KeyError, TypeError):
+        version = description.get("versions", {}).get("dist_transformer", "unknown")
+        raise CheckpointError(
+            f"{path / 'trainer.json'}: its state is another version's ({version}, this is "
+            f"{dist_transformer.__version__}): resume with the code that wrote it, or start a new run from its "
+            f"weights with train.init_from"
+        ) from None
 
 
 def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:

@@ -320,3 +320,11 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (path / "trainer.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError):
         read_trainer_state(path)
+
+
+@pytest.mark.parametrize("state", [{"step": 3, "unheard_of": 1}, [], None])
+def test_a_state_of_another_version_is_one_sentence(tmp_path: Path, state: object) -> None:
+    description = {"format": 1, "versions": {"dist_transformer": "0.0.9"}, "state": state}
+    (tmp_path / "trainer.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"trainer\.json: its state is another version's \(0\.0\.9"):
+        read_trainer_state(tmp_path)
