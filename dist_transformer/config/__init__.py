@@ -1,11 +1,11 @@
 """All configuration: classes, presets, loading. Imports no torch."""
 
+from dist_transformer.config.data import CorpusConfig, DataConfig
 from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
 from dist_transformer.config.model import ModelConfig, StackConfig
 from dist_transformer.config.schema import (
     CheckpointConfig,
     Config,
-    DataConfig,
     EvaluateConfig,
     GenerateConfig,
     OptimizerConfig,
@@ -20,6 +20,7 @@ from dist_transformer.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "CorpusConfig",
     "DataConfig",
     "EvaluateConfig",
     "GenerateConfig",

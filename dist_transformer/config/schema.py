@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dist_transformer.config.base import Section
+from dist_transformer.config.data import DataConfig
 from dist_transformer.config.model import ModelConfig
 
 OWNED_DEEPSPEED_KEYS = {
@@ -42,39 +43,6 @@ class RunConfig(Section):
     """The run directory: configuration, metrics, checkpoints, tracking files."""
     seed: NonNegativeInt = 1
     """Seed of initial weights, data order, noise and dropout."""
-
-
-class DataConfig(Section):
-    """Shards to batches."""
-
-    train: str
-    """Folder of shards with a `manifest.json`, as `dist-transformer prepare` writes it; its `train` split."""
-    eval: str | None = None
-    """Folder whose `eval` split is held out (its `train` split where it has no other); null: no evaluation."""
-    objective: Literal["span_corruption", "pairs"] = "span_corruption"
-    """span_corruption: T5's denoising of plain text; pairs: supervised source and target."""
-    noise_density: float = Field(default=0.15, gt=0, lt=1)
-    """Share of tokens that span corruption removes."""
-    mean_noise_span: float = Field(default=3.0, ge=1)
-    """Mean length of a removed span, in tokens."""
-    max_source_len: PositiveInt = 512
-    """Tokens in a row of the encoder."""
-    max_target_len: PositiveInt = 114
-    """Tokens in a row of the decoder; 114 is what span corruption makes of sources of 512."""
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a pair that is longer than a row; counted in any case. Plain text is always split."""
-    packing: bool = True
-    """Several samples in a row, kept apart by segment ids; false: one sample a row."""
-    window: PositiveInt = 4096
-    """Samples that are shuffled and packed together: bounds a worker's memory and the size of its state."""
-    shuffle: bool = True
-    """Permute shards and samples anew each epoch; false: the order in which they were written."""
-    workers: NonNegativeInt = 1
-    """Loader processes per rank; 0: in the training process."""
-    prefetch: PositiveInt = 4
-    """Micro-batches that each worker prepares ahead."""
-    fingerprint: bool = False
-    """Log `data/fingerprint`, a hash of each step's global batch that does not depend on the layout."""
 
 
 class TrainConfig(Section):

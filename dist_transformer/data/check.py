@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_transformer.config.schema import DataConfig
+from dist_transformer.config.data import DataConfig
 from dist_transformer.data.held_out import load_held_out
 from dist_transformer.data.lanes import RowPlan
 from dist_transformer.data.manifest import Kind, Manifest, load_manifest
@@ -51,7 +51,7 @@ def check_data(data: DataConfig, *, dp_size: int, workers: int) -> DataSummary:
             that does not fit them, ranks and workers that the lanes do not divide into, or train and eval
             folders that do not belong together.
     """
-    manifest = load_manifest(data.train)
+    manifest = load_manifest(data.corpora()[0].train)
     if not manifest.train:
         raise DataError(f"{manifest.root} has no train split: name a folder with one in data.train")
     n_lanes = check_lanes(len(manifest.train), dp_size, workers)
@@ -95,12 +95,13 @@ def _estimate_rows(data: DataConfig, manifest: Manifest, plan: RowPlan) -> int:
     n_samples = sum(shard.n_samples for shard in manifest.train)
     n_source = sum(shard.n_source_tokens for shard in manifest.train) + n_samples
     n_target = sum(shard.n_target_tokens for shard in manifest.train) + n_samples
-    if isinstance(plan.objective, SpanCorruption):
+    objective = plan.windows.objective
+    if isinstance(objective, SpanCorruption):
         # As if all documents had the mean length.
-        longest = plan.objective.longest_piece()
+        longest = objective.longest_piece()
         mean = max(1, round((n_source - n_samples) / n_samples))
         pieces = np.array([longest] * (mean // longest) + [mean % longest] * (mean % longest > 0))
-        n_noise, n_spans, n_kept = plan.objective.plan(pieces)
+        n_noise, n_spans, n_kept = objective.plan(pieces)
         n_source = n_samples * int((n_kept + n_spans + 1).sum())
         n_target = n_samples * int((n_noise + n_spans + 1).sum())
         n_samples *= len(pieces)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from dist_transformer.config.schema import DataConfig
+from dist_transformer.config.data import DataConfig
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.lanes import RowPlan
 from dist_transformer.data.manifest import Manifest, load_manifest
@@ -28,7 +28,7 @@ def load_held_out(data: DataConfig) -> tuple[Manifest, Literal["train", "eval"]]
     manifest = load_manifest(data.eval)
     if manifest.eval:
         return manifest, "eval"
-    if manifest.root.resolve() == load_manifest(data.train).root.resolve():
+    if manifest.root.resolve() == load_manifest(data.corpora()[0].train).root.resolve():
         raise DataError(
             f"{data.eval} has no held-out split: prepare it with --held-out N, name another folder in "
             "data.eval, or set "
@@ -82,7 +82,7 @@ def _all_rows(data: DataConfig, seed: int) -> Iterator[Rows]:
     manifest, split = load_held_out(data)
     plan = RowPlan.build(data, manifest, split, seed, shuffle=False)
     for shard in range(len(plan.shards)):
-        reader = plan.open_shard(shard)
+        reader = plan.shards.open(shard)
         try:
             for _ in range(plan.count_windows(shard)):
                 rows, _ = plan.build_rows(reader.read(plan.window), 0, shard)

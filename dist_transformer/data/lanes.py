@@ -1,22 +1,19 @@
 """Lanes at work: a window of a shard becomes rows, and a lane delivers rows from any cursor on."""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from dist_transformer.config.schema import DataConfig
+from dist_transformer.config.data import DataConfig
 from dist_transformer.data.batch import Cursor
-from dist_transformer.data.hashing import permutation
-from dist_transformer.data.manifest import Kind, Manifest, ShardInfo
-from dist_transformer.data.objectives import Pairs, Samples, SpanCorruption
-from dist_transformer.data.order import count_windows, lane_shards, noise_key, row_key, window_key
-from dist_transformer.data.packing import pack
+from dist_transformer.data.manifest import Kind, Manifest, Split
+from dist_transformer.data.order import count_windows, lane_shards
 from dist_transformer.data.rows import COUNTS, Rows
-from dist_transformer.data.shards import RawWindow, ShardReader
+from dist_transformer.data.shards import RawWindow, ShardReader, ShardSet
 from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.data.window import WindowPlan
 from dist_transformer.errors import DataError
 
 
@@ -24,94 +21,38 @@ from dist_transformer.errors import DataError
 class RowPlan:
     """All that decides the rows of a split: plain values, so that it travels to loader workers."""
 
-    root: Path
-    kind: Kind
-    shards: tuple[ShardInfo, ...]
-    dtype: "np.dtype[np.unsignedinteger[Any]]"
-    vocab_size: int
-    seed: int
+    shards: ShardSet
+    windows: WindowPlan
     window: int
-    shuffle: bool
-    packing: bool
-    objective: SpanCorruption | Pairs
+    """Samples in a window."""
 
     @classmethod
-    def build(cls, data: DataConfig, manifest: Manifest, split: str, seed: int, shuffle: bool) -> "RowPlan":
+    def build(cls, data: DataConfig, manifest: Manifest, split: Split, seed: int, shuffle: bool) -> "RowPlan":
         """The plan of a split of a prepared folder.
 
         Raises:
             DataError: the objective does not fit the kind of shards, or the rows are too short for it.
         """
         tokenizer = TextTokenizer.load(manifest.tokenizer_path)
-        return cls(
-            root=manifest.root,
-            kind=manifest.kind,
-            shards=manifest.train if split == "train" else manifest.eval,
-            dtype=manifest.dtype,
-            vocab_size=manifest.vocab_size,
-            seed=seed,
-            window=data.window,
-            shuffle=shuffle,
-            packing=data.packing,
-            objective=_build_objective(data, manifest, tokenizer),
-        )
-
-    def open_shard(self, shard: int) -> ShardReader:
-        """A reader at the start of a shard."""
-        info = self.shards[shard]
-        return ShardReader(self.root / info.file, self.kind, self.dtype, self.vocab_size, info.n_samples)
+        windows = WindowPlan.build(data, data.corpora()[0], tokenizer, seed, shuffle)
+        _check_kind(data, manifest, windows.objective.kind)
+        return cls(ShardSet.build(manifest, split), windows, data.window)
 
     def count_windows(self, shard: int) -> int:
         """Windows of a shard."""
-        return count_windows(self.shards[shard].n_samples, self.window)
+        return count_windows(self.shards.infos[shard].n_samples, self.window)
 
     def build_rows(self, raw: RawWindow, epoch: int, shard: int) -> tuple[Rows, int]:
         """The rows of a window in the order of training, and how many samples were dropped."""
-        samples = self._build_samples(raw, epoch, shard)
-        return self._order_rows(samples, epoch, shard, raw.first // self.window), samples.n_dropped
-
-    def _order_rows(self, samples: Samples, epoch: int, shard: int, window: int) -> Rows:
-        order = np.arange(len(samples))
-        if self.shuffle:
-            order = permutation(len(order), window_key(self.seed, epoch, shard, window))
-        if not self.packing:
-            return Rows.build(samples, order, np.ones_like(order))
-        sides = samples.source_lengths[order], samples.target_lengths[order]
-        packed, n_samples = pack(*sides, self.objective.max_source_len, self.objective.max_target_len)
-        rows = Rows.build(samples, order[packed], n_samples)
-        if self.shuffle:
-            # Packing leaves rows sorted by the size of their samples.
-            row_order = permutation(len(rows), row_key(self.seed, epoch, shard, window))
-        else:
-            row_order = np.argsort(packed[np.cumsum(n_samples) - n_samples], kind="stable")
-        return rows.select(row_order)
-
-    def _build_samples(self, raw: RawWindow, epoch: int, shard: int) -> Samples:
-        if isinstance(self.objective, SpanCorruption):
-            tokens, lengths = raw.fields[0]
-            indices = raw.first + np.arange(len(raw))
-            return self.objective(tokens, lengths, indices, noise_key(self.seed, epoch, shard))
-        (source, source_lengths), (target, target_lengths) = raw.fields
-        path = str(self.root / self.shards[shard].file)
-        return self.objective(source, source_lengths, target, target_lengths, path)
+        window, location = raw.first // self.window, self.shards.location(shard)
+        return self.windows.build_rows(raw, epoch=epoch, shard=shard, window=window, location=location)
 
     def order_options(self) -> dict[str, Any]:
         """What besides the shards decides the rows: a resume must find the same values."""
-        options: dict[str, Any] = {
-            "seed": self.seed,
-            "window": self.window,
-            "shuffle": self.shuffle,
-            "packing": self.packing,
-        }
-        objective = asdict(self.objective)
-        objective.pop("sentinel_ids", None)
-        return options | {"objective": type(self.objective).__name__} | objective
+        return {"window": self.window} | self.windows.describe()
 
 
-def _build_objective(
-    data: DataConfig, manifest: Manifest, tokenizer: TextTokenizer
-) -> SpanCorruption | Pairs:
-    wanted = "pairs" if data.objective == "pairs" else "text"
+def _check_kind(data: DataConfig, manifest: Manifest, wanted: Kind) -> None:
     if manifest.kind != wanted:
         fitting = "pairs" if manifest.kind == "pairs" else "span_corruption"
         raise DataError(
@@ -119,18 +60,6 @@ def _build_objective(
             f"{manifest.kind}: set "
             f"data.objective={fitting} or prepare with `dist-transformer prepare {wanted}`"
         )
-    if data.objective == "pairs":
-        return Pairs(data.max_source_len, data.max_target_len, data.too_long, tokenizer.eos_id)
-    objective = SpanCorruption(
-        density=data.noise_density,
-        mean_span=data.mean_noise_span,
-        max_source_len=data.max_source_len,
-        max_target_len=data.max_target_len,
-        eos_id=tokenizer.eos_id,
-        sentinel_ids=tokenizer.sentinel_ids,
-    )
-    objective.longest_piece()  # raises where the rows are too short
-    return objective
 
 
 class LaneReader:
@@ -204,7 +133,7 @@ class LaneReader:
                     return place, rows
             place = self._following(place)
         raise DataError(
-            f"no sample of the shards in {self.plan.root} that lane {self.lane} reads fits a row: raise "
+            f"no sample of the shards in {self.plan.shards.root} that lane {self.lane} reads fits a row: raise "
             "data.max_source_len and data.max_target_len, or set data.too_long=truncate"
         )
 
@@ -217,7 +146,7 @@ class LaneReader:
         ):
             if self._reader is not None:
                 self._reader.close()
-            self._reader, self._reader_place = self.plan.open_shard(shard), (place.epoch, place.shard)
+            self._reader, self._reader_place = self.plan.shards.open(shard), (place.epoch, place.shard)
             self._reader.skip(begin)
         return self._reader.read(self.plan.window)
 
@@ -234,7 +163,7 @@ class LaneReader:
 
     def _epoch_shards(self, epoch: int) -> list[int]:
         if epoch != self._shards_epoch:
-            n_shards, plan = len(self.plan.shards), self.plan
+            n_shards, plan = len(self.plan.shards), self.plan.windows
             self._shards = lane_shards(n_shards, self.n_lanes, self.lane, plan.seed, epoch, plan.shuffle)
             self._shards_epoch = epoch
         return self._shards

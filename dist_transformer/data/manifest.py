@@ -16,6 +16,7 @@ PREPARATION_NAME = "prepare.json"
 FORMAT = 1
 
 Kind = Literal["text", "pairs"]
+Split = Literal["train", "eval"]
 DTYPES: dict[str, "np.dtype[np.unsignedinteger[Any]]"] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 """Token types of shards: little-endian whatever the machine."""
 
@@ -58,7 +59,7 @@ class Manifest:
         """The tokenizer that made the shards."""
         return self.root / TOKENIZER_NAME
 
-    def shards(self, split: Literal["train", "eval"]) -> tuple[ShardInfo, ...]:
+    def shards(self, split: Split) -> tuple[ShardInfo, ...]:
         """The shards of a split."""
         return self.train if split == "train" else self.eval
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dist_transformer.data.hashing import Int64
-from dist_transformer.data.manifest import Kind, ShardInfo
+from dist_transformer.data.manifest import Kind, Manifest, ShardInfo, Split
 from dist_transformer.data.ragged import Tokens
 from dist_transformer.errors import DataError
 
@@ -165,6 +165,34 @@ class ShardReader:
                 f"{self.vocab_size}: the tokenizer does not match the shards; prepare again with --overwrite"
             )
         return flat, lengths
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of a split and how to open them: plain values, so that it travels to loader workers."""
+
+    root: Path
+    kind: Kind
+    dtype: "np.dtype[np.unsignedinteger[Any]]"
+    vocab_size: int
+    infos: tuple[ShardInfo, ...]
+
+    @classmethod
+    def build(cls, manifest: Manifest, split: Split) -> "ShardSet":
+        """The shards of a split of a prepared folder."""
+        return cls(manifest.root, manifest.kind, manifest.dtype, manifest.vocab_size, manifest.shards(split))
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def location(self, shard: int) -> str:
+        """What messages call a shard."""
+        return str(self.root / self.infos[shard].file)
+
+    def open(self, shard: int) -> ShardReader:
+        """A reader at the start of a shard."""
+        info = self.infos[shard]
+        return ShardReader(self.root / info.file, self.kind, self.dtype, self.vocab_size, info.n_samples)
 
 
 def open_shard(path: str | Path) -> BinaryIO:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dist_transformer.config.schema import DataConfig
+from dist_transformer.config.data import DataConfig
 from dist_transformer.data.batch import Batch, Cursor
 from dist_transformer.data.check import DataSummary, check_data
 from dist_transformer.data.held_out import eval_batches, held_out_texts
@@ -59,7 +59,7 @@ class TrainStream:
         micro_batch_size: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        manifest = load_manifest(data.train)
+        manifest = load_manifest(data.corpora()[0].train)
         self.n_lanes = check_lanes(len(manifest.train), dp_size, data.workers)
         self.micro_batch_size = micro_batch_size
         self._data, self._dp_rank, self._dp_size = data, dp_rank, dp_size

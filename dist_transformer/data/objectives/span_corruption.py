@@ -1,43 +1,18 @@
-"""Objectives: a window of tokenised samples becomes (source, target) pairs, each ended by EOS.
+"""Span corruption: T5's denoising of plain text."""
 
-Everything works on whole windows of flat arrays: a Python loop over samples would be the loader's bottleneck.
-"""
-
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dist_transformer.data.hashing import Int64, UInt64, hash_array
-from dist_transformer.data.ragged import Tokens, ragged_gather, ragged_indices, starts_of
+from dist_transformer.data.manifest import Kind
+from dist_transformer.data.objectives.base import Fields, Samples
+from dist_transformer.data.ragged import Tokens, ragged_indices, starts_of
 from dist_transformer.errors import DataError
 
 _POSITION_BITS, _PIECE_BITS = 16, 20
 _MAX_PIECES = 1 << (_PIECE_BITS - 1)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """N (source, target) pairs as flat arrays; EOS included in tokens and lengths."""
-
-    source_tokens: Tokens
-    """Flat, all sources one after the other."""
-    source_lengths: Int64
-    """[N]"""
-    target_tokens: Tokens
-    """Flat, all targets one after the other."""
-    target_lengths: Int64
-    """[N]"""
-    is_truncated: NDArray[np.bool_]
-    """[N] the pair was cut to fit a row."""
-    is_split: NDArray[np.bool_]
-    """[N] the first piece of a document that was cut into several."""
-    n_dropped: int = 0
-    """Samples that gave no pair: too long (policy `drop`) or empty."""
-
-    def __len__(self) -> int:
-        return len(self.source_lengths)
 
 
 @dataclass(frozen=True)
@@ -61,6 +36,7 @@ class SpanCorruption:
     max_target_len: int
     eos_id: int
     sentinel_ids: tuple[int, ...]
+    kind: ClassVar[Kind] = "text"
 
     def plan(self, lengths: Int64) -> tuple[Int64, Int64, Int64]:
         """(lost tokens, spans, kept tokens) for documents of these lengths."""
@@ -88,15 +64,9 @@ class SpanCorruption:
             )
         return longest
 
-    def __call__(self, tokens: Tokens, lengths: Int64, indices: Int64, key: int) -> Samples:
-        """Corrupt a window of documents.
-
-        Args:
-            tokens: Flat tokens of D documents, without EOS.
-            lengths: [D] tokens of each.
-            indices: [D] place of each in its shard: with `key` it decides the noise.
-            key: From (seed, epoch, shard); see `order.noise_key`.
-        """
+    def __call__(self, fields: Fields, indices: Int64, key: int, shard: str = "") -> Samples:
+        """Corrupt a window of documents; see `Objective`."""
+        tokens, lengths = fields[0]
         longest, filled = self.longest_piece(), lengths > 0
         n_pieces = -(-lengths[filled] // longest)
         piece_of = ragged_indices(np.zeros_like(n_pieces), n_pieces)
@@ -115,6 +85,12 @@ class SpanCorruption:
         source, source_lengths, target, target_lengths = columns
         n_dropped, is_truncated = int(len(lengths) - filled.sum()), np.zeros(len(keys), np.bool_)
         return Samples(source, source_lengths, target, target_lengths, is_truncated, is_split, n_dropped)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the pairs."""
+        options = asdict(self)
+        del options["sentinel_ids"]
+        return {"objective": "SpanCorruption"} | options
 
     def _corrupt(self, tokens: Tokens, lengths: Int64, keys: UInt64) -> tuple[Tokens, Int64, Tokens, Int64]:
         """Sources and targets of P pieces that lie one after the other in `tokens`."""
@@ -170,52 +146,3 @@ def _pack_bits(item: Int64, random: UInt64, place: Int64) -> UInt64:
     code |= random << np.uint64(_POSITION_BITS)
     code |= place.astype(np.uint64)
     return code
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Supervised pairs: the sample's own source and target."""
-
-    max_source_len: int
-    max_target_len: int
-    too_long: Literal["truncate", "drop", "error"]
-    eos_id: int
-
-    def __call__(
-        self, source: Tokens, source_lengths: Int64, target: Tokens, target_lengths: Int64, shard: str = ""
-    ) -> Samples:
-        """End both sides with EOS and apply the policy for pairs longer than a row (EOS counted).
-
-        Raises:
-            DataError: a pair is too long and the policy is `error`.
-        """
-        too_long = (source_lengths >= self.max_source_len) | (target_lengths >= self.max_target_len)
-        n_dropped, is_truncated = 0, too_long
-        if too_long.any():
-            if self.too_long == "error":
-                i = int(np.argmax(too_long))
-                raise DataError(
-                    f"{shard}: a pair of {source_lengths[i]} source and {target_lengths[i]} target tokens "
-                    "(and EOS) "
-                    f"exceeds rows of {self.max_source_len} and {self.max_target_len}: raise "
-                    "data.max_source_len or "
-                    "data.max_target_len, or set data.too_long to truncate or drop"
-                )
-            if self.too_long == "drop":
-                keep = np.flatnonzero(~too_long)
-                n_dropped, is_truncated = int(too_long.sum()), np.zeros(len(keep), np.bool_)
-                source, target = (
-                    ragged_gather(source, source_lengths, keep),
-                    ragged_gather(target, target_lengths, keep),
-                )
-                source_lengths, target_lengths = source_lengths[keep], target_lengths[keep]
-        source, source_lengths = self._end(source, source_lengths, self.max_source_len)
-        target, target_lengths = self._end(target, target_lengths, self.max_target_len)
-        is_split = np.zeros(len(source_lengths), np.bool_)
-        return Samples(source, source_lengths, target, target_lengths, is_truncated, is_split, n_dropped)
-
-    def _end(self, flat: Tokens, lengths: Int64, longest: int) -> tuple[Tokens, Int64]:
-        kept = np.minimum(lengths, longest - 1)
-        ended = np.full(int(kept.sum()) + len(kept), self.eos_id, flat.dtype)
-        ended[ragged_indices(starts_of(kept + 1), kept)] = flat[ragged_indices(starts_of(lengths), kept)]
-        return ended, kept + 1
