@@ -57,17 +57,21 @@ class Batch:
     n_pairs: int = 0
     """Samples in all rows."""
     lanes: list[int] = field(default_factory=list)
-    """[B] the lane each row came from."""
+    """The lane each row of the run came from; B of them, but for buckets, of which each fills several rows."""
     cursors: list[Cursor] = field(default_factory=list)
-    """[B] the cursor of its lane after each row."""
+    """The cursor of its lane after each row of the run."""
     rows: list[int] = field(default_factory=list)
-    """[B] each row's place in the run's global order of rows, from 0."""
+    """Each row's place in the run's global order of rows, from 0."""
     n_truncated: int = 0
     """Pairs that were cut to fit their row."""
     n_split: int = 0
     """Documents, counted at their first piece, that were cut into several samples."""
     n_dropped: int = 0
     """Samples left out: too long (policy `drop`) or empty."""
+    n_bad: int = 0
+    """Samples lost to damaged or unreachable shards (policy `skip`)."""
+    fingerprint: int = 0
+    """Sum of the rows' hashes, each of a row's number and tokens; 0 where it was not asked for."""
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""

@@ -75,7 +75,8 @@ def eval_batches(
         numbers = (first + np.arange(micro_batch_size)) * dp_size + dp_rank
         no_lane = np.zeros(micro_batch_size, np.int64)
         placed = PlacedRows(packed, numbers, no_lane, np.zeros((micro_batch_size, 4), np.int64))
-        yield assemble(placed, data.max_source_len, data.max_target_len)
+        bucketed = data.bucket_tokens is not None
+        yield assemble(placed, data.max_source_len, data.max_target_len, bucketed=bucketed)
 
 
 def _all_rows(data: DataConfig, seed: int) -> Iterator[Rows]:

@@ -29,7 +29,7 @@ class Rows:
     n_samples: Int64
     """[R] samples of each row; 0 for a row of padding."""
     counts: Int64
-    """[R, 3] samples truncated, documents split, samples dropped; see `COUNTS`."""
+    """[R, 4] samples truncated, documents split, samples dropped, samples lost; see `COUNTS`."""
 
     def __len__(self) -> int:
         return len(self.n_samples)
@@ -74,7 +74,7 @@ class Rows:
         )
 
 
-COUNTS = ("n_truncated", "n_split", "n_dropped")
+COUNTS = ("n_truncated", "n_split", "n_dropped", "n_bad")
 """Columns of `Rows.counts`."""
 
 
@@ -106,11 +106,31 @@ class PlacedRows:
         return type(self)(self.rows.select(rows), self.numbers[rows], self.lanes[rows], self.cursors[rows])
 
 
-def assemble(placed: PlacedRows, max_source_len: int, max_target_len: int) -> Batch:
-    """Padded tensors of rows, with segment ids, positions and the decoder's shifted input."""
-    rows = placed.rows
-    source = _Layout(rows.n_samples, rows.source_lengths, max_source_len)
-    target = _Layout(rows.n_samples, rows.target_lengths, max_target_len)
+def assemble(
+    placed: PlacedRows,
+    max_source_len: int,
+    max_target_len: int,
+    *,
+    bucketed: bool = False,
+    fingerprint: bool = False,
+) -> Batch:
+    """Padded tensors of rows, with segment ids, positions and the decoder's shifted input.
+
+    Args:
+        placed: Rows and where they stand in the run.
+        max_source_len: Positions of a packed row on the encoder's side.
+        max_target_len: Positions of a packed row on the decoder's side.
+        bucketed: Rows are buckets: each sample gets a tensor row of its own, as wide as the longest of all.
+        fingerprint: Compute `Batch.fingerprint`.
+    """
+    rows, n_samples = placed.rows, placed.rows.n_samples
+    if bucketed:
+        # A batch without any sample, at the end of an evaluation, is one row of padding.
+        n_samples = np.ones(len(rows.source_lengths), np.int64) if n_samples.any() else np.zeros(1, np.int64)
+        max_source_len = int(rows.source_lengths.max(initial=1))
+        max_target_len = int(rows.target_lengths.max(initial=1))
+    source = _Layout(n_samples, rows.source_lengths, max_source_len)
+    target = _Layout(n_samples, rows.target_lengths, max_target_len)
     shifted = np.empty_like(rows.target_tokens)
     shifted[1:] = rows.target_tokens[:-1]
     shifted[starts_of(rows.target_lengths)] = PAD_ID
@@ -129,6 +149,7 @@ def assemble(placed: PlacedRows, max_source_len: int, max_target_len: int) -> Ba
         lanes=placed.lanes.tolist(),
         cursors=[Cursor(*cursor) for cursor in placed.cursors.tolist()],
         rows=placed.numbers.tolist(),
+        fingerprint=_fingerprint(placed) if fingerprint else 0,
         **totals,
     )
 
@@ -152,22 +173,21 @@ class _Layout:
         return torch.from_numpy(padded)
 
 
-def fingerprint(batch: Batch) -> int:
-    """A hash of a batch that adds up: the sum over ranks and micro-batches identifies a step's global batch.
+def _fingerprint(placed: PlacedRows) -> int:
+    """A hash of rows that adds up: the sum over ranks and micro-batches identifies a step's global batch.
 
-    Each row gives a 40-bit hash of its number in the run, its tokens and its segments; sums of up to 2^23
-    rows fit the int64 of an all-reduce. Padded rows at the end of an evaluation count as rows of padding.
+    Each row gives a 40-bit hash of its number in the run and of its samples' tokens; sums of up to 2^23 rows
+    fit the int64 of an all-reduce. Padding has no part in it: neither the width of the tensors nor the rows
+    that share a batch matter. Rows of padding at the end of an evaluation count as empty rows.
     """
-    total = mix64(np.asarray(batch.rows, np.uint64) + np.uint64(1))
-    for salt, values in enumerate(
-        (
-            batch.encoder_input_tokens,
-            batch.encoder_segment_ids,
-            batch.decoder_target_tokens,
-            batch.decoder_segment_ids,
-        )
-    ):
-        columns = hash_array(salt + 1, np.arange(values.shape[1])) | np.uint64(1)
-        cells = values.cpu().numpy().astype(np.uint64) + np.uint64(1)
-        total = mix64(total ^ (cells * columns).sum(1, dtype=np.uint64))
+    rows = placed.rows
+    total = mix64(placed.numbers.astype(np.uint64) + np.uint64(1))
+    sides = (rows.source_tokens, rows.source_lengths), (rows.target_tokens, rows.target_lengths)
+    for salt, (tokens, lengths) in enumerate(sides, start=1):
+        ends = np.append(0, np.cumsum(lengths))[np.append(0, np.cumsum(rows.n_samples))]
+        # EOS ends every sample, so tokens and their places in the row tell where samples begin.
+        place = ragged_indices(np.zeros(len(rows), np.int64), np.diff(ends))
+        factors = hash_array(salt, np.arange(int(np.diff(ends).max(initial=0)))) | np.uint64(1)
+        sums = np.append(np.uint64(0), np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * factors[place]))
+        total = mix64(total ^ (sums[ends[1:]] - sums[ends[:-1]]))
     return int((total >> np.uint64(24)).sum())

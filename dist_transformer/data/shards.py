@@ -42,6 +42,11 @@ class RawWindow:
     def __len__(self) -> int:
         return len(self.fields[0][1])
 
+    @property
+    def indices(self) -> Int64:
+        """[N] place of each sample in its shard."""
+        return self.first + np.arange(len(self))
+
 
 def write_shard(
     path: Path, kind: Kind, dtype: "np.dtype[np.unsignedinteger[Any]]", samples: Iterable[tuple[Tokens, ...]]

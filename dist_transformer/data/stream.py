@@ -14,7 +14,7 @@ from dist_transformer.data.lanes import RowPlan
 from dist_transformer.data.loader import RankRows, load_rows
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.order import check_lanes
-from dist_transformer.data.rows import COUNTS, PlacedRows, assemble, fingerprint
+from dist_transformer.data.rows import COUNTS, PlacedRows, assemble
 from dist_transformer.errors import DataError
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "TrainStream",
     "check_data",
     "eval_batches",
-    "fingerprint",
     "held_out_texts",
     "merge_states",
 ]
@@ -114,7 +113,13 @@ class TrainStream:
             begin = 0
             while len(rows) - begin >= size:
                 micro = rows if len(rows) == size else rows.select(np.arange(begin, begin + size))
-                yield assemble(micro, self._data.max_source_len, self._data.max_target_len)
+                yield assemble(
+                    micro,
+                    self._data.max_source_len,
+                    self._data.max_target_len,
+                    bucketed=self._data.bucket_tokens is not None,
+                    fingerprint=self._data.fingerprint,
+                )
                 begin += size
             rest = rows.select(np.arange(begin, len(rows))) if begin < len(rows) else None
 

@@ -47,9 +47,7 @@ class WindowPlan:
             window: Number of the window in the shard.
             location: What messages call the shard.
         """
-        samples = self.objective(
-            raw.fields, raw.first + np.arange(len(raw)), noise_key(self.seed, epoch, shard), location
-        )
+        samples = self.objective(raw.fields, raw.indices, noise_key(self.seed, epoch, shard), location)
         order = np.arange(len(samples))
         if self.shuffle:
             order = permutation(len(order), window_key(self.seed, epoch, shard, window))

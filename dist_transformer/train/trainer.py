@@ -9,7 +9,7 @@ import torch
 
 from dist_transformer.config import Config
 from dist_transformer.data.batch import Batch
-from dist_transformer.data.stream import TrainStream, fingerprint, merge_states
+from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import (
     TrainerState,
@@ -143,7 +143,7 @@ class Trainer:
     def _agree(self, micro_batches: Sequence[Batch]) -> tuple[StepTotals, bool]:
         """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce a step."""
         wants_fingerprint = self.config.data.fingerprint
-        hashes = sum(fingerprint(batch) for batch in micro_batches) % 2**64 if wants_fingerprint else 0
+        hashes = sum(batch.fingerprint for batch in micro_batches) % 2**64
         local = [
             sum(batch.n_source_tokens for batch in micro_batches),
             sum(batch.n_target_tokens for batch in micro_batches),

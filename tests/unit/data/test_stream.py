@@ -22,7 +22,6 @@ from dist_transformer.data.stream import (
     TrainStream,
     check_data,
     eval_batches,
-    fingerprint,
     held_out_texts,
     merge_states,
 )
@@ -38,7 +37,7 @@ def pairs_config(folder: Path, **changes: Any) -> DataConfig:
         "max_source_len": 32,
         "max_target_len": 32,
     }
-    return DataConfig(**(values | {"window": 16, "workers": 0} | changes))
+    return DataConfig(**(values | {"window": 16, "workers": 0, "fingerprint": True} | changes))
 
 
 def run(
@@ -60,7 +59,7 @@ def run(
         for stream, iterator in zip(streams, iterators, strict=True):
             for _ in range(8 // (dp_size * micro)):
                 batch = next(iterator)
-                total += fingerprint(batch)
+                total += batch.fingerprint
                 stream.advance(batch)
                 batches.append(batch)
         steps.append(total)
@@ -117,7 +116,7 @@ def test_prefetched_rows_are_not_in_the_state(folder: Path) -> None:
     resumed = TrainStream(
         data, seed=5, dp_rank=0, dp_size=1, micro_batch_size=4, state=merge_states([stream.state()])
     )
-    assert fingerprint(next(iter(resumed))) == fingerprint(taken[1])
+    assert next(iter(resumed)).fingerprint == taken[1].fingerprint != 0
     with pytest.raises(ValueError, match="begins with row 4"):
         stream.advance(taken[2])
     # A new iterator of the same stream goes on behind what was consumed.
