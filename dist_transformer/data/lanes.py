@@ -36,7 +36,7 @@ class RowPlan:
         tokenizer = TextTokenizer.load(manifest.tokenizer_path)
         windows = WindowPlan.build(data, data.corpora()[0], tokenizer, seed, shuffle)
         _check_kind(data, manifest, windows.objective.kind)
-        return cls(ShardSet.build(manifest, split), windows, data.window)
+        return cls(ShardSet.build(manifest, split, data), windows, data.window)
 
     def count_windows(self, shard: int) -> int:
         """Windows of a shard."""

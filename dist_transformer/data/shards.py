@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_transformer.config.data import DataConfig
 from dist_transformer.data.hashing import Int64
 from dist_transformer.data.manifest import Kind, Manifest, ShardInfo, Split
 from dist_transformer.data.ragged import Tokens
@@ -38,14 +39,13 @@ class RawWindow:
     first: int
     """Place in the shard of the first sample."""
     fields: tuple[tuple[Tokens, Int64], ...]
+    indices: Int64
+    """[N] place of each sample in its shard."""
+    n_bad: int = 0
+    """Samples asked for that are lost to damage (policy `skip`): those left out, and those that are not there."""
 
     def __len__(self) -> int:
-        return len(self.fields[0][1])
-
-    @property
-    def indices(self) -> Int64:
-        """[N] place of each sample in its shard."""
-        return self.first + np.arange(len(self))
+        return len(self.indices)
 
 
 def write_shard(
@@ -131,7 +131,8 @@ class ShardReader:
                 break
             rows.append(sample)
         columns = zip(*rows, strict=True) if rows else [()] * len(FIELDS[self.kind])
-        return RawWindow(first, tuple(self._decode(list(column), first) for column in columns))
+        fields = tuple(self._decode(list(column), first) for column in columns)
+        return RawWindow(first, fields, first + np.arange(len(rows)))
 
     def close(self) -> None:
         """Close the file."""
@@ -183,8 +184,14 @@ class ShardSet:
     infos: tuple[ShardInfo, ...]
 
     @classmethod
-    def build(cls, manifest: Manifest, split: Split) -> "ShardSet":
-        """The shards of a split of a prepared folder."""
+    def build(cls, manifest: Manifest, split: Split, data: DataConfig) -> "ShardSet":
+        """The shards of a split of a prepared folder.
+
+        Args:
+            manifest: Of the folder.
+            split: Which of its splits.
+            data: Says what becomes of bad shards (`on_bad_shard`) and where remote ones are kept (`remote`).
+        """
         return cls(manifest.root, manifest.kind, manifest.dtype, manifest.vocab_size, manifest.shards(split))
 
     def __len__(self) -> int:
