@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dist_transformer import __version__, cli
+from dist_transformer.cli import prepare, run
 from dist_transformer.config import load_config, preset_names
 from dist_transformer.errors import ConfigError, DataError, UserError
 
@@ -27,10 +28,10 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Raise:
     """Makes `presets` raise."""
 
     def arrange(error: BaseException) -> None:
-        def run(_: Any) -> None:
+        def fail(_: Any) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_presets", run)
+        monkeypatch.setattr(run, "_presets", fail)
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv("SLURM_PROCID", raising=False)
 
@@ -170,8 +171,8 @@ def test_every_bad_field_is_told(config: Path, capsys: pytest.CaptureFixture[str
 def test_options_of_decoding() -> None:
     parser = cli.build_parser()
     options = parser.parse_args(["generate", "run", "--beam-size", "2", "--length-penalty", "0.6"])
-    assert cli._decoding(options) == {"beam_size": 2, "length_penalty": 0.6}
-    assert cli._decoding(parser.parse_args(["generate", "run"])) == {}
+    assert run._decoding(options) == {"beam_size": 2, "length_penalty": 0.6}
+    assert run._decoding(parser.parse_args(["generate", "run"])) == {}
 
 
 def test_options_of_preparation_are_the_functions_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,4 +185,4 @@ def test_options_of_preparation_are_the_functions_own(monkeypatch: pytest.Monkey
     text = parser.parse_args(["prepare", "text", "a", "--out", "x"])
     pairs = parser.parse_args(["prepare", "pairs", "--source", "a", "--target", "b", "--out", "x"])
     for options, function in ((text, prepare_text), (pairs, prepare_pairs)):
-        assert set(cli._prepare_options(options)) <= set(inspect.signature(function).parameters)
+        assert set(prepare._prepare_options(options)) <= set(inspect.signature(function).parameters)

@@ -1,0 +1,49 @@
+"""What all commands share: a parser whose errors are one sentence, and types of numbers."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn, TypeAlias
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are one sentence and exit code 2, as wrong configuration is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def add_command(
+    commands: Commands, name: str, help_: str, example: str, run: Callable[[argparse.Namespace], None] | None
+) -> Parser:
+    """A command with an example below its help; `run` gets the parsed options (None: it has commands of its own)."""
+    parser = commands.add_parser(
+        name,
+        help=help_,
+        description=help_[0].upper() + help_[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if run is not None:
+        parser.set_defaults(run=run)
+    # After the command too; SUPPRESS keeps the value given before it.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, for `type=`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An integer of 0 or more, for `type=`."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value

@@ -1,0 +1,169 @@
+"""Commands about runs: train, generate, evaluate, report, and their configuration."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dist_transformer.cli.parsing import Commands, add_command, positive
+from dist_transformer.errors import ConfigError
+
+
+def add_runs(commands: Commands) -> None:
+    """The commands of this module."""
+    _add_train(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    _add_config(commands)
+
+
+def _add_train(commands: Commands) -> None:
+    train = add_command(
+        commands,
+        "train",
+        "train, or go on with a run that has a checkpoint",
+        "dist-transformer train configs/quickstart.yaml train.steps=200 optimizer.lr=1e-3",
+        _train,
+    )
+    _add_config_arguments(train)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="single fields over it")
+
+
+def _add_generate(commands: Commands) -> None:
+    generate = add_command(
+        commands,
+        "generate",
+        "write targets for source lines, or fill the gaps (___) of a pretrained model's text",
+        "echo 'A dog runs over the grass.' | dist-transformer generate runs/translate_multi30k",
+        _generate,
+    )
+    _add_decoding(generate)
+    generate.add_argument("--input", metavar="FILE", help="lines to read (default: standard input)")
+    generate.add_argument("--output", metavar="FILE", help="lines to write (default: standard output)")
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        "score a run on text; prints one JSON object: bleu, chrf, signature, loss",
+        "dist-transformer evaluate runs/translate_multi30k --source test.en --reference test.de",
+        _evaluate,
+    )
+    _add_decoding(evaluate)
+    evaluate.add_argument("--source", required=True, metavar="FILE", help="source lines")
+    evaluate.add_argument("--reference", required=True, metavar="FILE", help="one reference a line")
+    evaluate.add_argument("--output", metavar="FILE", help="write the decoded lines here too")
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
+    parser.add_argument(
+        "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="default: the run's generate.length_penalty"
+    )
+    parser.add_argument("--max-len", type=positive, metavar="N", help="longest output in tokens")
+    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="source tokens decoded together")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
+
+
+def _add_report(commands: Commands) -> None:
+    report = add_command(
+        commands,
+        "report",
+        "draw one or several runs: loss, learning rate, speed",
+        "dist-transformer report runs/a runs/b --png compare.png",
+        _report,
+    )
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs to draw")
+    report.add_argument("--png", metavar="FILE", help="where to (default: RUN_DIR/report.png)")
+
+
+def _add_config(commands: Commands) -> None:
+    check = add_command(
+        commands,
+        "config",
+        "check a configuration and print it with every default filled in",
+        "dist-transformer config configs/quickstart.yaml train.steps=10",
+        _config,
+    )
+    _add_config_arguments(check)
+    check.add_argument("--field", metavar="section.key", help="print this field's value only")
+    add_command(commands, "presets", "list the model presets", "dist-transformer presets", _presets)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dist_transformer.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    from dist_transformer.train.trainer import train
+
+    train(config)
+    # Everything is written and every rank is done. What is left of gloo's and NCCL's threads may abort the
+    # process while the interpreter takes them down ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from dist_transformer.train.decode import generate_lines
+
+    generate_lines(Path(options.run_dir), options.input, options.output, _decoding(options), options.threads)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import json
+
+    from dist_transformer.train.decode import evaluate_files
+
+    scores = evaluate_files(
+        Path(options.run_dir),
+        options.source,
+        options.reference,
+        options.output,
+        _decoding(options),
+        options.threads,
+    )
+    print(json.dumps(scores, ensure_ascii=False))
+
+
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("beam_size", "length_penalty", "max_len", "batch_tokens")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _report(options: argparse.Namespace) -> None:
+    from dist_transformer.tracking.report import draw_run
+
+    run_dirs = [Path(path) for path in options.run_dirs]
+    print(draw_run(run_dirs, Path(options.png) if options.png else run_dirs[0] / "report.png"))
+
+
+def _config(options: argparse.Namespace) -> None:
+    from dist_transformer.config import dump_config, load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.field is None:
+        print(dump_config(config), end="")
+        return
+    value: object = config
+    for name in options.field.split("."):
+        if name not in getattr(type(value), "model_fields", {}):
+            raise ConfigError(f"--field {options.field}: there is no such field")
+        value = getattr(value, name)
+    print(value)
+
+
+def _presets(_: argparse.Namespace) -> None:
+    from dist_transformer.config import preset_names
+
+    print("\n".join(preset_names()))
