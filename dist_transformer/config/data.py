@@ -1,10 +1,15 @@
 """The `data` section: which shards, which objective, how samples become rows, and where remote shards are kept."""
 
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import InitErrorDetails
 
-from dist_transformer.config.base import Section
+from dist_transformer.config.base import Section, missing, refuse, unfit
 
 ObjectiveName = Literal["span_corruption", "ul2", "prefix_lm", "pairs"]
 TooLong = Literal["truncate", "drop", "error"]
@@ -44,7 +49,7 @@ class CorpusConfig(Section):
     name: str | None = None
     """What metrics and messages call it; null: the folder's name."""
     weight: PositiveFloat | None = None
-    """Share of the rows, relative to the other corpora's; null: its number of tokens."""
+    """Share of the rows, relative to the other corpora's; null for all: their numbers of tokens."""
     objective: ObjectiveName | None = None
     """As `data.objective`."""
     noise_density: float | None = Field(default=None, gt=0, lt=1)
@@ -59,7 +64,7 @@ class RemoteConfig(Section):
     """Shards that are not on this machine: http(s), s3, gs and whatever else fsspec opens."""
 
     cache_dir: str | None = None
-    """Where whole shards are kept on local disk; null: `dist_transformer/shards` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Where whole shards are kept on local disk; null: `$XDG_CACHE_HOME` (or `~/.cache`) `/dist_transformer/shards`."""
     cache_gib: PositiveFloat = 100.0
     """Size of that folder at which the shards that were not used for longest are removed."""
     attempts: PositiveInt = 5
@@ -75,11 +80,11 @@ class DataConfig(Section):
 
     train: str | None = None
     """Folder of shards with a `manifest.json`, as `dist-transformer prepare` writes it: a path or a URL; `{a,b}` and
-    `{0..3}` name several, read as one; its `train` split."""
+    `{0..3}` name several, read as one; its `train` split. Required unless `mixture` is given."""
     eval: str | None = None
     """Folder whose `eval` split is held out (its `train` split where it has no other); null: no evaluation."""
     mixture: tuple[CorpusConfig, ...] = ()
-    """Several corpora or objectives in one run, instead of `train`: each row comes from one of them."""
+    """Several corpora or objectives in one run, instead of `train` and `eval`: each row comes from one of them."""
     mixing_temperature: float = Field(default=1.0, ge=1)
     """Rows are drawn in proportion to weight ** (1 / temperature) (T5, section 3.5.2): 1 as the weights say, larger
     evens them out."""
@@ -123,41 +128,89 @@ class DataConfig(Section):
     """Log `data/fingerprint`, a hash of each step's global batch that does not depend on the layout."""
 
     def corpora(self) -> tuple[CorpusConfig, ...]:
-        """What the rows are drawn from, every null filled in from this section: one, or the mixture's."""
+        """What the rows are drawn from, every null but `eval` and `weight` filled in: one, or the mixture's."""
         parts = self.mixture or (CorpusConfig(train=self.train or "", eval=self.eval),)
+        return tuple(self._filled_in(part) for part in parts)
+
+    def _filled_in(self, part: CorpusConfig) -> CorpusConfig:
         inherited = ("objective", "noise_density", "mean_noise_span", "too_long")
-        return tuple(
-            part.model_copy(
-                update={name: getattr(self, name) for name in inherited if getattr(part, name) is None}
-            )
-            for part in parts
-        )
+        update = {name: getattr(self, name) for name in inherited if getattr(part, name) is None}
+        return part.model_copy(update={"name": part.name or folder_name(part.train)} | update)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _corpora_fit(self) -> Self:
         problems = []
-        if self.mixture and self.train is not None:
-            problems.append("train and mixture exclude each other: name every corpus in mixture")
-        if not self.mixture and self.train is None:
-            problems.append("train: required and not given (or give mixture)")
+        if not self.mixture:
+            if self.train is None:
+                problems.append(missing("train"))
+            if self.mixing_temperature != 1:
+                problems.append(unfit("mixing_temperature", self.mixing_temperature, "needs a mixture"))
+        else:
+            for name, value in (("train", self.train), ("eval", self.eval)):
+                if value is not None:
+                    said = f"mixture is given too: name each corpus's own {name} there, and none here"
+                    problems.append(unfit(name, value, said))
+        problems += [
+            problem for i, part in enumerate(self.mixture) for problem in self._part_problems(i, part)
+        ]
+        refuse("data", problems)
+        return self
+
+    def _part_problems(self, i: int, part: CorpusConfig) -> Iterator[InitErrorDetails]:
+        names = [metric_name(earlier.name or "") for earlier in map(self._filled_in, self.mixture[:i])]
+        name = self._filled_in(part).name or ""
+        if metric_name(name) in names:
+            said = (
+                "an earlier corpus has this name: give each a name of its own (letters, digits and _ count)"
+            )
+            yield unfit(("mixture", i, "name"), name, said)
+        if part.weight is None and any(other.weight is not None for other in self.mixture):
+            yield unfit(
+                ("mixture", i, "weight"), None, "other corpora have a weight: give one to all, or to none"
+            )
+        objective = part.objective or self.objective
+        for field, wanted in _BELONGS_TO.items():
+            if getattr(part, field) is not None and objective != wanted:
+                said = f"has no effect on objective={objective}: leave it out"
+                yield unfit(("mixture", i, field), getattr(part, field), said)
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> Self:
+        problems = []
         if self.bucket_tokens is not None:
             if self.packing:
-                problems.append(f"bucket_tokens={self.bucket_tokens} needs packing=false")
+                problems.append(unfit("bucket_tokens", self.bucket_tokens, "needs packing=false"))
             longest = max(self.max_source_len, self.max_target_len)
             if self.bucket_tokens < longest:
-                problems.append(
-                    f"bucket_tokens={self.bucket_tokens} is less than one sample of {longest} tokens may need"
+                said = (
+                    f"is less than the {longest} tokens that one sample may need: set it to {longest} or more"
                 )
+                problems.append(unfit("bucket_tokens", self.bucket_tokens, said))
         if not self.denoisers:
-            problems.append("denoisers: give at least one")
-        if problems:
-            raise ValueError("; ".join(problems))
+            problems.append(unfit("denoisers", [], "give at least one"))
+        for i, denoiser in enumerate(self.denoisers):
+            if (denoiser.mode == "S") != (denoiser.mean_span is None):
+                said = (
+                    "mode S has no mean_span" if denoiser.mode == "S" else f"mode {denoiser.mode} needs one"
+                )
+                problems.append(unfit(("denoisers", i, "mean_span"), denoiser.mean_span, said))
+        refuse("data", problems)
         return self
 
-    @model_validator(mode="after")
-    def _denoisers_fit(self) -> Self:
-        for denoiser in self.denoisers:
-            if (denoiser.mode == "S") != (denoiser.mean_span is None):
-                rule = "has no" if denoiser.mode == "S" else "needs a"
-                raise ValueError(f"denoisers: one of mode {denoiser.mode} {rule} mean_span")
-        return self
+
+_BELONGS_TO: dict[str, ObjectiveName] = {
+    "noise_density": "span_corruption",
+    "mean_noise_span": "span_corruption",
+    "too_long": "pairs",
+}
+"""Fields of a corpus that only one objective reads."""
+
+
+def folder_name(path: str) -> str:
+    """What a folder of shards is called where nothing else is said: the last part of its path or URL."""
+    return Path(os.path.normpath(Path.cwd() / path)).name or "shards"
+
+
+def metric_name(name: str) -> str:
+    """A corpus's or a held-out set's name in letters that every dashboard takes."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", name) or "held_out"

@@ -11,6 +11,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dist_transformer.config.base import section_of
 from dist_transformer.config.schema import OWNED_DEEPSPEED_KEYS, Config
 
 _PREAMBLE = """\
@@ -79,7 +80,7 @@ def describe() -> str:
     lines = [_PREAMBLE + "\n".join(f"| `{key}` | `{ours}` |" for key, ours in _refused_rows())]
     for path, section in sections():
         lines += ["", f"{'#' * (2 + path.count('.'))} {path}", ""]
-        lines += [(section.__doc__ or "").strip(), "", *_table(path, section)]
+        lines += [(section.__doc__ or "").strip(), "", *_table(path, section), *_default_list(path)]
     lines += [
         "",
         "## deepspeed",
@@ -96,13 +97,9 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
 
 def _nested(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in model.model_fields.items():
-        if (section := _section(field.annotation)) is not None:
+        if (section := section_of(field.annotation)) is not None:
             yield prefix + name, section
             yield from _nested(f"{prefix}{name}.", section)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _refused_rows() -> Iterator[tuple[str, str]]:
@@ -113,7 +110,7 @@ def _refused_rows() -> Iterator[tuple[str, str]]:
 def _table(path: str, section: type[BaseModel]) -> list[str]:
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        kind = "section" if _section(field.annotation) else type_in_words(field.annotation, field.metadata)
+        kind = type_in_words(field.annotation, field.metadata)
         cells = (f"`{name}`", kind, _default(path, name, field), _meaning(field))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
@@ -126,9 +123,31 @@ def _meaning(field: FieldInfo) -> str:
 def _default(path: str, name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
-    if _section(field.annotation):
-        return f"see [{path}.{name}](#{path.replace('.', '')}{name})"
+    if section_of(field.annotation):
+        empty = "`[]`; " if field.default == () else ""
+        return f"{empty}see [{path}.{name}](#{path.replace('.', '')}{name})"
     return f"`{in_yaml(field.default)}`"
+
+
+def _default_list(path: str) -> list[str]:
+    """The default of a list of sections, as it would be written in a YAML file."""
+    field: FieldInfo | None = None
+    model: type[BaseModel] = Config
+    for name in path.split("."):
+        field = model.model_fields[name]
+        model = section_of(field.annotation) or model
+    if field is None or not isinstance(field.default, tuple) or not field.default:
+        return []
+    name = path.rpartition(".")[2]
+    return [
+        "",
+        "The default:",
+        "",
+        "```yaml",
+        f"{name}:",
+        *(f"- {in_yaml(item)}" for item in field.default),
+        "```",
+    ]
 
 
 def in_yaml(value: object) -> str:
@@ -142,6 +161,9 @@ def in_yaml(value: object) -> str:
         return f"{mantissa}e{int(exponent)}" if e else mantissa
     if isinstance(value, tuple):
         return "[" + ", ".join(in_yaml(item) for item in value) + "]"
+    if isinstance(value, BaseModel):
+        given = {name: field for name, field in value if field != type(value).model_fields[name].default}
+        return "{" + ", ".join(f"{name}: {in_yaml(field)}" for name, field in given.items()) + "}"
     return str(value)
 
 
@@ -159,8 +181,11 @@ def type_in_words(annotation: Any, metadata: list[Any]) -> str:
         return f"{', '.join(most)} or {last}"
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {type_in_words(arguments[0], [])}"
+            items = "sections" if section_of(arguments[0]) else type_in_words(arguments[0], [])
+            return f"list of {items}"
         return f"{len(arguments)} x {type_in_words(arguments[0], [])}"
+    if section_of(annotation):
+        return "section"
     words = {str: "text", bool: "true or false", int: "whole number", float: "number"}[annotation]
     limits = _limits(metadata, whole=annotation is int)
     return f"{words}, {limits}" if limits else words

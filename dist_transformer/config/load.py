@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dist_transformer.config.base import section_of
 from dist_transformer.config.schema import Config
 from dist_transformer.errors import ConfigError
 
@@ -112,14 +113,30 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if isinstance(parsed, str):
         parsed = _as_number(parsed)
     *path, last = key.split(".")
+    node: Any = tree
     for part in path:
-        child = tree.get(part)
-        if child is None:
-            child = tree[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"'{override}': {part} is a value, not a section")
-        tree = child
-    tree[last] = parsed
+        node = _inside(node, part, override)
+    node[_place(node, last, override)] = parsed
+
+
+def _inside(node: Any, part: str, override: str) -> Any:
+    """What a part of an override's path leads to: a section, made where there is none, or a list."""
+    place = _place(node, part, override)
+    if isinstance(node, dict) and node.get(place) is None:
+        node[place] = {}
+    if not isinstance(node[place], dict | list):
+        raise ConfigError(f"'{override}': {part} is a value, not a section")
+    return node[place]
+
+
+def _place(node: Any, part: str, override: str) -> str | int:
+    """The key of a section, or the place in a list: `data.mixture.0.weight`."""
+    if not isinstance(node, list):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        there = f"0 to {len(node) - 1}" if node else "none yet"
+        raise ConfigError(f"'{override}': {part} is not the number of an item ({there})")
+    return int(part)
 
 
 def _as_number(text: str) -> str | float:
@@ -154,6 +171,8 @@ def _sentence(problem: Any) -> str:
         return (
             f"{path}={value!r}: should be a section with the fields {', '.join(_known_keys(problem['loc']))}"
         )
+    if kind == "tuple_type":
+        return f"{path}={value!r}: should be a list"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return message if path == "configuration" else f"{path}: {message}"
@@ -163,11 +182,11 @@ def _sentence(problem: Any) -> str:
 def _known_keys(loc: Sequence[str | int]) -> list[str]:
     model: type[BaseModel] = Config
     for part in loc:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *get_args(annotation)]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not nested:
+        if isinstance(part, int):
+            continue  # an item of a list of sections: the list's field led to the section already
+        field = model.model_fields.get(part)
+        nested = section_of(field.annotation) if field else None
+        if nested is None:
             return []
-        model = nested[0]
+        model = nested
     return list(model.model_fields)

@@ -55,6 +55,17 @@ def test_defaults_are_written_as_yaml_reads_them() -> None:
                 assert read == expected, f"{path}.{name}"
 
 
+def test_a_default_list_of_sections_is_written_as_yaml_reads_it() -> None:
+    """The page's own block, put into a configuration, is the default."""
+    import yaml
+
+    [block] = re.findall(r"^```yaml\n(denoisers:\n.*?)^```", describe(), re.S | re.M)
+    data = {"train": "x", **yaml.safe_load(block)}
+    config = build_config({"run": {"dir": "x"}, "data": data, "train": {"steps": 1}})
+    assert config.data.denoisers == Config.model_fields["data"].annotation.model_fields["denoisers"].default  # type: ignore[union-attr]
+    assert len(config.data.denoisers) == 7
+
+
 @pytest.mark.parametrize("key", OWNED_DEEPSPEED_KEYS)
 def test_refused_deepspeed_keys_are_refused(key: str) -> None:
     value: object = 1

@@ -16,6 +16,7 @@ from dist_transformer.config import (
     preset_names,
     shipped_files,
 )
+from dist_transformer.config.data import DenoiserConfig
 from dist_transformer.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"run": {"dir": "x"}, "data": {"train": "shards"}, "train": {"steps": 10}}
@@ -57,7 +58,7 @@ def test_all_problems_at_once_with_path_value_and_fix() -> None:
             "try 1 or 2 or 3 or 6",
         ],
         ["data.noise_density=1.5: ", "less than 1"],
-        ["data.objective='spans': ", "'span_corruption' or 'pairs'"],
+        ["data.objective='spans': ", "'span_corruption', 'ul2', 'prefix_lm' or 'pairs'"],
         ["train.steps=0: ", "greater than 0"],
         ["train.mico_batch_size: unknown key: did you mean micro_batch_size?"],
         ["parallel.zero_stage=4: ", "0, 1, 2 or 3"],
@@ -90,6 +91,11 @@ def test_problems_between_sections_are_reported_together() -> None:
         ({"train": {"steps": 1, "presision": "fp32"}}, "train.presision", "precision"),
         ({"tracking": {"wandb": {"projct": "x"}}}, "tracking.wandb.projct", "project"),
         ({"model": {"encoder": {"d_modl": 8}}}, "model.encoder.d_modl", "d_model"),
+        (
+            {"data": {"mixture": [{"train": "a"}, {"train": "b", "wieght": 1}]}},
+            "data.mixture.1.wieght",
+            "weight",
+        ),
     ],
 )
 def test_unknown_keys_are_answered_at_every_depth(tree: dict[str, Any], path: str, meant: str) -> None:
@@ -117,6 +123,7 @@ def test_a_key_like_no_other_is_answered_with_all_that_are_known() -> None:
         ("tracking.wandb.tags=[a, b]", ("tracking", "wandb", "tags"), ("a", "b")),
         ("tracking.wandb={mode: offline}", ("tracking", "wandb", "mode"), "offline"),
         ("model.encoder.d_ff=96", ("model", "encoder", "d_ff"), 96),
+        ("data.denoisers=[{mode: S, density: 0.5}]", ("data", "denoisers"), (DenoiserConfig(mode="S", density=0.5),)),
         ("deepspeed.a.b=5e7", ("deepspeed",), {"a": {"b": 5e7}}),
     ],
 )  # fmt: skip
@@ -147,6 +154,96 @@ def test_bad_overrides(minimal: Path, override: str, says: str) -> None:
         load_config(minimal, [override])
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_overrides_reach_items_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    parts = [{"train": "a", "weight": 1}, {"train": "b", "weight": 1}]
+    path.write_text(yaml.safe_dump({**MINIMAL, "data": {"mixture": parts}}))
+    mixture = load_config(path, ["data.mixture.1.weight=3", "data.mixture.0.eval=c"]).data.mixture
+    assert [(part.train, part.eval, part.weight) for part in mixture] == [("a", "c", 1), ("b", None, 3)]
+    for override in ("data.mixture.2.weight=3", "data.mixture.weight=3", "data.mixture.-1.weight=3"):
+        with pytest.raises(ConfigError, match=r"is not the number of an item \(0 to 1\)"):
+            load_config(path, [override])
+    with pytest.raises(ConfigError, match="1 is a value, not a section"):
+        load_config(path, ["optimizer.betas=[0.9, 0.9]", "optimizer.betas.1.x=3"])
+
+
+PART = {"train": "a/books"}
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "data.train: required and not given"),
+        ({"mixture": []}, "data.train: required and not given"),
+        ({"train": "x", "mixture": [PART]}, "data.train='x': mixture is given too"),
+        ({"eval": "x", "mixture": [PART]}, "data.eval='x': mixture is given too"),
+        ({"mixture": PART}, "data.mixture={'train': 'a/books'}: should be a list"),
+        ({"mixture": [3]}, "data.mixture.0=3: should be a section with the fields train, eval, name"),
+        ({"mixture": [{"eval": "x"}]}, "data.mixture.0.train: required and not given"),
+        ({"mixture": [{**PART, "weight": 0}]}, "data.mixture.0.weight=0: input should be greater than 0"),
+        (
+            {"mixture": [PART, {"train": "b", "weight": 2}]},
+            "data.mixture.0.weight=None: other corpora have a weight: give one to all, or to none",
+        ),
+        (
+            {"mixture": [PART, {"train": "b/books/"}]},
+            "data.mixture.1.name='books': an earlier corpus has this name",
+        ),
+        (
+            {"mixture": [{"train": "c", "name": "a b"}, {"train": "d", "name": "a_b"}]},
+            "data.mixture.1.name='a_b': an earlier corpus has this name",
+        ),
+        (
+            {"mixture": [{**PART, "objective": "pairs", "noise_density": 0.3}]},
+            "data.mixture.0.noise_density=0.3: has no effect on objective=pairs: leave it out",
+        ),
+        (
+            {"mixture": [{**PART, "too_long": "drop"}]},
+            "data.mixture.0.too_long='drop': has no effect on objective=span_corruption: leave it out",
+        ),
+        ({"train": "x", "mixing_temperature": 2}, "data.mixing_temperature=2.0: needs a mixture"),
+        ({"train": "x", "bucket_tokens": 512}, "data.bucket_tokens=512: needs packing=false"),
+        (
+            {"train": "x", "packing": False, "bucket_tokens": 511},
+            "data.bucket_tokens=511: is less than the 512 tokens that one sample may need",
+        ),
+        ({"train": "x", "denoisers": []}, "data.denoisers=[]: give at least one"),
+        (
+            {"train": "x", "denoisers": [{"mode": "R", "density": 0.1}]},
+            "data.denoisers.0.mean_span=None: mode R needs one",
+        ),
+        (
+            {"train": "x", "denoisers": [{"mode": "S", "mean_span": 3, "density": 0.1}]},
+            "data.denoisers.0.mean_span=3.0: mode S has no mean_span",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_together(data: dict[str, Any], says: str) -> None:
+    [found] = problems_of({**MINIMAL, "data": data})
+    assert found.startswith(f"configuration: {says}")
+
+
+def test_corpora_are_filled_in_from_the_section() -> None:
+    data = build_config(
+        {
+            **MINIMAL,
+            "data": {
+                "noise_density": 0.3,
+                "mixture": [
+                    {"train": "shards/books/", "mean_noise_span": 5, "eval": "held"},
+                    {"train": "s3://bucket/en-de", "objective": "pairs", "name": "translation"},
+                ],
+            },
+        }
+    ).data
+    books, translation = data.corpora()
+    assert (books.name, books.eval, books.objective) == ("books", "held", "span_corruption")
+    assert (books.noise_density, books.mean_noise_span, books.too_long) == (0.3, 5, "truncate")
+    assert (translation.name, translation.objective, translation.eval) == ("translation", "pairs", None)
+    [only] = build_config({**MINIMAL, "data": {"train": "http://host/a.b/c", "eval": "e"}}).data.corpora()
+    assert (only.train, only.eval, only.name, only.weight) == ("http://host/a.b/c", "e", "c", None)
 
 
 def test_every_bad_override_is_reported(minimal: Path) -> None:
