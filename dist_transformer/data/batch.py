@@ -28,6 +28,11 @@ class Cursor:
     row: int = 0
 
 
+def as_numbers(cursor: Cursor) -> tuple[int, int, int, int]:
+    """The four integers of a cursor (`dataclasses.astuple` copies deeply, which rows have no time for)."""
+    return cursor.epoch, cursor.shard, cursor.window, cursor.row
+
+
 @dataclass
 class Batch:
     """Rows of tokens for one forward pass. Shape legend: B rows, S source positions, T target positions.
@@ -70,6 +75,8 @@ class Batch:
     """Samples left out: too long (policy `drop`) or empty."""
     n_bad: int = 0
     """Samples lost to damaged or unreachable shards (policy `skip`)."""
+    problems: list[str] = field(default_factory=list)
+    """Sentences about such samples, not always of this very batch."""
     fingerprint: int = 0
     """Sum of the rows' hashes, each of a row's number and tokens; 0 where it was not asked for."""
 

@@ -89,6 +89,8 @@ class PlacedRows:
     """[R]"""
     cursors: Int64
     """[R, 4] the lane's cursor after the row."""
+    problems: tuple[str, ...] = ()
+    """Sentences about samples that were lost before these rows or near them (policy `skip`)."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,11 +101,13 @@ class PlacedRows:
         arrays = (
             np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "lanes", "cursors")
         )
-        return cls(Rows.concatenate([p.rows for p in parts]), *arrays)
+        problems = tuple(problem for p in parts for problem in p.problems)
+        return cls(Rows.concatenate([p.rows for p in parts]), *arrays, problems)
 
     def select(self, rows: Int64) -> Self:
-        """Some of the rows, or all in another order."""
-        return type(self)(self.rows.select(rows), self.numbers[rows], self.lanes[rows], self.cursors[rows])
+        """Some of the rows, or all in another order; with the problems of all."""
+        arrays = self.numbers[rows], self.lanes[rows], self.cursors[rows]
+        return type(self)(self.rows.select(rows), *arrays, self.problems)
 
 
 def assemble(
@@ -150,6 +154,7 @@ def assemble(
         cursors=[Cursor(*cursor) for cursor in placed.cursors.tolist()],
         rows=placed.numbers.tolist(),
         fingerprint=_fingerprint(placed) if fingerprint else 0,
+        problems=list(placed.problems),
         **totals,
     )
 
