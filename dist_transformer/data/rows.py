@@ -98,11 +98,13 @@ class PlacedRows:
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """All rows, one part after the other."""
-        arrays = (
-            np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "lanes", "cursors")
+        return cls(
+            rows=Rows.concatenate([p.rows for p in parts]),
+            numbers=np.concatenate([p.numbers for p in parts]),
+            lanes=np.concatenate([p.lanes for p in parts]),
+            cursors=np.concatenate([p.cursors for p in parts]),
+            problems=tuple(problem for p in parts for problem in p.problems),
         )
-        problems = tuple(problem for p in parts for problem in p.problems)
-        return cls(Rows.concatenate([p.rows for p in parts]), *arrays, problems)
 
     def select(self, rows: Int64) -> Self:
         """Some of the rows, or all in another order; with the problems of all."""
