@@ -22,7 +22,15 @@ from dist_transformer.parallel.recompute import apply_recompute
 
 WITHIN = 0.02
 N_ROWS, SOURCE_LEN, TARGET_LEN = 2, 48, 24
-TINY = {"d_model": 32, "d_ff": 72, "n_heads": 4, "head_dim": 12, "n_encoder_layers": 3, "n_decoder_layers": 2, "vocab_size": 160}  # fmt: skip
+TINY = {
+    "d_model": 32,
+    "d_ff": 72,
+    "n_heads": 4,
+    "head_dim": 12,
+    "n_encoder_layers": 3,
+    "n_decoder_layers": 2,
+    "vocab_size": 160,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "vaswani2017_base": {"dropout": 0.1},
     "t5_v1_1_small": {},
@@ -54,7 +62,7 @@ def build(config: ModelConfig) -> EncoderDecoder:
 
 def packed(lengths: list[list[int]], width: int) -> torch.Tensor:
     """Segment ids [B, width] of samples of these lengths, then padding."""
-    rows = [sum(([i] * n for i, n in enumerate(row, 1)), [])[:width] for row in lengths]
+    rows = [[i for i, n in enumerate(row, 1) for _ in range(n)] for row in lengths]
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
@@ -159,6 +167,7 @@ def test_recomputed_operations_are_counted(family: str, sides: tuple[Any, Any]) 
     apply_recompute(model, recompute)
     work = executed_work(N_ROWS, SOURCE_LEN, TARGET_LEN)
     found = hardware_flops(config, work, recompute, fused_attention=False)
+    # torch stops recomputing where nothing more is needed, which in pre-norm layers is before the last product.
     assert found == pytest.approx(counted(model, *PACKED["dense"]), rel=0.06)
     assert found > 1.05 * training_flops(config, work)
 
