@@ -119,10 +119,6 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"offload=all needs zero_stage=3, not {self.zero_stage}: only it shards parameters"
             )
-        if self.tp_degree > 1:
-            raise ValueError(
-                f"tp_degree={self.tp_degree}: tensor parallelism is not built yet: set tp_degree: 1"
-            )
         return self
 
 
@@ -142,6 +138,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 3
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every so many steps stay for ever, besides the newest; null: none."""
+    asynchronous: bool = True
+    """Copy to CPU memory and write while training goes on; false: training waits, and the copy's memory is saved."""
+    verify: Literal["size", "sha256"] = "size"
+    """What is compared before resuming: sizes of files, or their contents too (every file is read once more)."""
 
 
 class GenerateConfig(Section):
@@ -230,6 +232,7 @@ class Config(Section):
                     f"model.max_positions={self.model.max_positions} is shorter than a row of {longest} tokens: "
                     f"set model.max_positions={longest}"
                 )
+        problems += _tensor_parallel_problems(self.model, self.parallel.tp_degree)
         problems += [
             f"deepspeed.{key} is ours to set: use {ours}"
             for key, ours in OWNED_DEEPSPEED_KEYS.items()
@@ -238,6 +241,36 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _tensor_parallel_problems(model: ModelConfig, tp: int) -> list[str]:
+    """What the ranks of a tensor-parallel group cannot share equally."""
+    problems = []
+    for side in ("encoder", "decoder"):
+        stack = model.stack(side)
+        for name, n in (("n_heads", stack.n_heads), ("d_ff", stack.d_ff)):
+            if n % tp:
+                problems.append(
+                    f"parallel.tp_degree={tp} does not divide the {side}'s {name}={n}: "
+                    f"try tp_degree={_divisor_below(n, tp)}, or a {name} that is a multiple of {tp}"
+                )
+        n_kv = stack.n_kv_heads
+        if n_kv % tp and tp % n_kv:
+            problems.append(
+                f"parallel.tp_degree={tp} neither divides the {side}'s n_kv_heads={n_kv} nor is a multiple of it: "
+                f"try tp_degree={_divisor_below(n_kv, tp)}, or another n_kv_heads"
+            )
+    name, n = ("vocab_size", model.vocab_size) if model.vocab_size else ("pad_vocab_to", model.pad_vocab_to)
+    if n % tp:
+        problems.append(
+            f"parallel.tp_degree={tp} does not divide model.{name}={n}: set model.{name}={-(-n // tp) * tp}"
+        )
+    return problems
+
+
+def _divisor_below(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return max(divisor for divisor in range(1, limit + 1) if n % divisor == 0)
 
 
 def _holds(tree: dict[str, Any], path: str) -> bool:

@@ -13,14 +13,19 @@ from torch import Tensor
 
 from dist_transformer.config import Config
 from dist_transformer.data.batch import Batch
+from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
 from dist_transformer.engine.layouts import set_layouts
 from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
-from dist_transformer.model import EncoderDecoder, build_model, initialize
+from dist_transformer.model import EncoderDecoder, build_model
+from dist_transformer.model.initialize import fill
 from dist_transformer.parallel.cross_entropy import TokenLoss
 from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.parallel.random import first_seed
 from dist_transformer.parallel.recompute import apply_recompute
+from dist_transformer.parallel.regions import TensorParallel
+from dist_transformer.parallel.sharding import gather_whole, partition_of
 
 
 @dataclass
@@ -46,15 +51,13 @@ class Engine:
     def __init__(self, config: Config, mesh: Mesh, weights: dict[str, Tensor] | None = None) -> None:
         self.config, self.mesh = config, mesh
         self.deepspeed_config = build_deepspeed_config(config, mesh.dp_size)
-        model = build_model(config.model)
-        initialize(model, config.run.seed, mesh.device)
-        if weights is not None:
-            model.load_state_dict(weights)
-        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)
+        model = build_part(config, mesh, self.tp, self.deepspeed_config, weights)
+        self.n_parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
         apply_recompute(model, config.recompute)
-        # Dropout must differ between ranks that see different rows; initial weights never read this generator.
-        torch.manual_seed(config.run.seed * 1_000_003 + mesh.dp_rank)
-        module = TrainingModule(model, config.train)
+        # Initial weights never read this generator: dropout does.
+        torch.manual_seed(first_seed(config.run.seed, mesh.dp_rank, self.tp))
+        module = TrainingModule(model, config.train, self.tp)
         optimizer = build_optimizer(module, config.optimizer)
         with contextlib.redirect_stdout(io.StringIO()):  # Some wrappers print their memory, on every rank.
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -69,12 +72,12 @@ class Engine:
             # Some of DeepSpeed's wrappers take an update with zero gradients while they are built.
             if "step" in state:
                 state["step"].zero_()
-        if isinstance(optimizer, RMSScaledAdamW) and config.parallel.zero_stage:
+        if isinstance(optimizer, RMSScaledAdamW):
             set_layouts(self.optimizer, optimizer, mesh)
 
     @property
     def model(self) -> EncoderDecoder:
-        """The encoder-decoder; under ZeRO 3 its parameters are whole only inside `whole_model`."""
+        """This rank's part of the encoder-decoder; the whole is inside `whole_model`."""
         model: EncoderDecoder = self.deepspeed.module.model
         return model
 
@@ -120,33 +123,43 @@ class Engine:
 
     @contextmanager
     def whole_model(self) -> Iterator[EncoderDecoder]:
-        """The model in evaluation mode with all parameters on this rank, for decoding. A collective under ZeRO 3."""
+        """The model in evaluation mode with all parameters on this rank, for decoding. A collective."""
         self.deepspeed.eval()
-        yield self.model if self.config.parallel.zero_stage < 3 else self._copy_of_model()
+        is_whole = self.config.parallel.zero_stage < 3 and self.tp.size == 1
+        yield self.model if is_whole else self._copy_of_model()
 
     def _copy_of_model(self) -> EncoderDecoder:
-        """A copy without ZeRO 3's hooks: they would gather in every decoding step, and ranks take different numbers."""
+        """A copy that needs no other rank: in decoding, ranks take different numbers of steps."""
         copy = build_model(self.config.model)
-        for name, parameter in self.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
-                value = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            module_name, _, attribute = name.rpartition(".")
-            setattr(copy.get_submodule(module_name), attribute, value)
+        parts = dict(self.model.named_parameters())
+
+        def gather(name: str, _: torch.nn.Parameter) -> torch.nn.Parameter:
+            part = parts[name]
+            with deepspeed.zero.GatheredParameters([part]):
+                value = gather_whole(part.detach(), partition_of(part), self.tp).clone()
+            return torch.nn.Parameter(value, requires_grad=False)
+
+        fill(copy, gather)
         return copy.eval()
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient as the update would see it, after `accumulate`. A collective."""
+        """Every whole parameter's gradient as the update would see it, after `accumulate`. A collective."""
         is_sharded = self.config.parallel.zero_stage > 0
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             gradient = deepspeed.utils.safe_get_full_grad(parameter) if is_sharded else parameter.grad
             if gradient is not None:
-                gradients[name] = gradient
+                gradients[name] = gather_whole(gradient, partition_of(parameter), self.tp)
         return gradients
 
     def _update(self, sums: Tensor) -> tuple[float, bool]:
         if is_plain(self.config):
             return self._plain_update()
+        if self.config.parallel.zero_stage == 0:
+            # This wrapper's norm asks each gradient, where the others ask the parameter.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None and partition_of(parameter) is not None:
+                    parameter.grad.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.deepspeed.step()
         norm: Any = self.deepspeed.get_global_grad_norm()
         applied = bool(self.deepspeed.was_step_applied())
@@ -159,7 +172,7 @@ class Engine:
     def _plain_update(self) -> tuple[float, bool]:
         """Without ZeRO or master weights DeepSpeed neither reports the norm nor skips bad updates."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._plain_norm(parameters)
         finite = bool(torch.isfinite(norm))
         if not finite:
             for parameter in parameters:
@@ -168,3 +181,16 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.clip, norm)
         self.deepspeed.step()
         return float(norm), finite
+
+    def _plain_norm(self, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+        """The gradients' global norm: what this rank alone has is added over ranks, what all have counts once."""
+        own, common = (
+            torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters if p.grad is not None and (partition_of(p) is not None) == is_own]
+            )
+            for is_own in (True, False)
+        )
+        if self.tp.size == 1:
+            return common
+        square = self.tp.all_reduce(own.to(self.mesh.device).square())
+        return (square + common.square()).sqrt()

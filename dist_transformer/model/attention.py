@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
+from dist_transformer.model.layers import Project
 from dist_transformer.model.positions import Rotation
 
 
@@ -14,8 +15,8 @@ class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, head_i = softmax(Q_i K_i^T / sqrt(d_k)) V_i.
 
     With fewer key-value heads than query heads, groups of query heads share one (grouped-query attention,
-    Ainslie et al. 2023). Self-attention and cross-attention are this one class: keys and values come from
-    `keys_values`, so that a decoder can keep them.
+    Ainslie et al. 2023). Self-attention and cross-attention are this one class: queries, keys and values come from
+    `project_self`, or from `queries` and `keys_values`, so that a decoder can keep the latter.
 
     Args:
         d_memory: width of what is attended to; `stack.d_model` for self-attention.
@@ -23,7 +24,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, model: ModelConfig, stack: StackConfig, d_memory: int) -> None:
         super().__init__()
-        self.head_dim, self.n_groups = stack.head_dim, stack.n_heads // stack.n_kv_heads
+        self.n_heads, self.head_dim = stack.n_heads, stack.head_dim
+        self.n_groups = stack.n_heads // stack.n_kv_heads
         self.scale = 1.0 / math.sqrt(stack.head_dim) if model.scale_attention else 1.0
         self.dropout = model.dropout if model.attention_dropout is None else model.attention_dropout
         d_queries, d_keys = stack.n_heads * stack.head_dim, stack.n_kv_heads * stack.head_dim
@@ -31,38 +33,34 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(d_memory, d_keys, bias=model.bias)
         self.v_proj = nn.Linear(d_memory, d_keys, bias=model.bias)
         self.o_proj = nn.Linear(d_queries, stack.d_model, bias=model.bias)
+        self.project = Project()
         self.q_norm = nn.RMSNorm(stack.head_dim, eps=model.norm_eps) if model.qk_norm else None
         self.k_norm = nn.RMSNorm(stack.head_dim, eps=model.norm_eps) if model.qk_norm else None
 
-    def keys_values(self, memory_BSD: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+    def project_self(
+        self, x_BTD: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What attends to itself [B, T, D] to queries, and keys and values, all [B, H, T, K]."""
+        q_BTQ, k_BTQ, v_BTQ = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        return self._queries(q_BTQ, rotation), self._keys_values(k_BTQ, v_BTQ, rotation)
+
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """What attends [B, T, D] to queries [B, H, T, K]."""
+        (q_BTQ,) = self.project(x_BTD, self.q_proj)
+        return self._queries(q_BTQ, None)
+
+    def keys_values(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """What is attended to [B, S, D] to keys and values [B, H, S, K] each, H the key-value heads."""
-        k_BHSK, v_BHSK = (
-            self._split_heads(self.k_proj(memory_BSD)),
-            self._split_heads(self.v_proj(memory_BSD)),
-        )
-        if self.k_norm is not None:
-            k_BHSK = self.k_norm(k_BHSK)
-        if rotation is not None:
-            k_BHSK = rotation(k_BHSK)
-        return k_BHSK, v_BHSK
+        return self._keys_values(self.k_proj(memory_BSD), self.v_proj(memory_BSD), None)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        keys_values: tuple[Tensor, Tensor],
-        scores_mask: Tensor | None,
-        rotation: Rotation | None = None,
+        self, q_BHTK: Tensor, keys_values: tuple[Tensor, Tensor], scores_mask: Tensor | None
     ) -> Tensor:
-        """Attend from `x_BTD` to keys and values; returns [B, T, D].
+        """Attend from queries to keys and values; returns [B, T, D].
 
         Args:
             scores_mask: broadcastable to [B, H, T, S]: boolean (True may attend) or added to the scores.
         """
-        q_BHTK = self._split_heads(self.q_proj(x_BTD))
-        if self.q_norm is not None:
-            q_BHTK = self.q_norm(q_BHTK)
-        if rotation is not None:
-            q_BHTK = rotation(q_BHTK)
         k_BHSK, v_BHSK = keys_values
         if self.n_groups > 1:
             k_BHSK = k_BHSK.repeat_interleave(self.n_groups, dim=1)
@@ -77,6 +75,18 @@ class MultiHeadAttention(nn.Module):
         )
         out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
+
+    def _queries(self, q_BTQ: Tensor, rotation: Rotation | None) -> Tensor:
+        q_BHTK = self._split_heads(q_BTQ)
+        if self.q_norm is not None:
+            q_BHTK = self.q_norm(q_BHTK)
+        return q_BHTK if rotation is None else rotation(q_BHTK)
+
+    def _keys_values(self, k_BSQ: Tensor, v_BSQ: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        k_BHSK, v_BHSK = self._split_heads(k_BSQ), self._split_heads(v_BSQ)
+        if self.k_norm is not None:
+            k_BHSK = self.k_norm(k_BHSK)
+        return (k_BHSK if rotation is None else rotation(k_BHSK)), v_BHSK
 
     def _split_heads(self, x_BTD: Tensor) -> Tensor:
         n_rows, length, _ = x_BTD.shape

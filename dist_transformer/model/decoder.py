@@ -36,10 +36,10 @@ class DecoderLayer(nn.Module):
         """[B, T, D] to [B, T, D]. With a cache, T new positions are appended to it and `memory_BSD` is not read."""
 
         def attend_to_target(y_BTD: Tensor) -> Tensor:
-            keys_values = self.self_attention.keys_values(y_BTD, rotation)
+            q_BHTK, keys_values = self.self_attention.project_self(y_BTD, rotation)
             if cache is not None:
                 keys_values = cache.append(*keys_values)
-            out_BTD: Tensor = self.self_attention(y_BTD, keys_values, self_mask, rotation)
+            out_BTD: Tensor = self.self_attention(q_BHTK, keys_values, self_mask)
             return out_BTD
 
         def attend_to_source(y_BTD: Tensor) -> Tensor:
@@ -51,7 +51,9 @@ class DecoderLayer(nn.Module):
             else:
                 assert memory_BSD is not None
                 keys_values = self.cross_attention.keys_values(memory_BSD)
-            out_BTD: Tensor = self.cross_attention(y_BTD, keys_values, cross_mask)
+            out_BTD: Tensor = self.cross_attention(
+                self.cross_attention.queries(y_BTD), keys_values, cross_mask
+            )
             return out_BTD.view_as(x_BTD)
 
         x_BTD = self.self_attention_residual(x_BTD, attend_to_target)
@@ -75,6 +77,8 @@ class Decoder(nn.Module):
             else None
         )
         self.final_norm = build_norm(model, self.stack.d_model) if model.norm_position == "pre" else None
+        # What enters cross-attention, and the output projection, of every layer once: a sharded model gathers here.
+        self.memory_input, self.output_input = nn.Identity(), nn.Identity()
 
     def forward(
         self,
@@ -85,7 +89,8 @@ class Decoder(nn.Module):
         memory_segment_ids_BS: Tensor,
     ) -> Tensor:
         """All target positions at once: embeddings [B, T, D] to hidden states [B, T, D]."""
-        length = x_BTD.shape[1]
+        length = segment_ids_BT.shape[1]  # of whole rows: a sharded model has a part of x_BTD here
+        memory_BSD = self.memory_input(memory_BSD)
         row = torch.arange(length, device=x_BTD.device)
         bias = None if self.relative_bias is None else self.relative_bias(row, row)
         self_mask = scores_mask(may_attend(segment_ids_BT, segment_ids_BT, causal=True), bias)
@@ -97,6 +102,7 @@ class Decoder(nn.Module):
 
     def start(self, memory_BSD: Tensor, memory_segment_ids_BS: Tensor, max_len: int) -> KeyValueCache:
         """A cache for decoding up to `max_len` positions: cross-attention's keys and values are computed here, once."""
+        memory_BSD = self.memory_input(memory_BSD)
         cross = [layer.cross_attention.keys_values(memory_BSD) for layer in self.layers]  # type: ignore[union-attr, operator]
         return KeyValueCache(cross, memory_segment_ids_BS != 0, max_len)
 
@@ -125,4 +131,5 @@ class Decoder(nn.Module):
             x_BTD = F.dropout(self.final_norm(x_BTD), self.stack.dropout, self.training)
         if self.config.scale_logits:
             x_BTD = x_BTD * self.stack.d_model**-0.5
-        return x_BTD
+        hidden_BTD: Tensor = self.output_input(x_BTD)
+        return hidden_BTD

@@ -25,9 +25,8 @@ class EncoderLayer(nn.Module):
         """[B, S, D] to [B, S, D]."""
 
         def attend(y_BSD: Tensor) -> Tensor:
-            out_BSD: Tensor = self.self_attention(
-                y_BSD, self.self_attention.keys_values(y_BSD, rotation), mask, rotation
-            )
+            q_BHSK, keys_values = self.self_attention.project_self(y_BSD, rotation)
+            out_BSD: Tensor = self.self_attention(q_BHSK, keys_values, mask)
             return out_BSD
 
         x_BSD = self.self_attention_residual(x_BSD, attend)
@@ -53,7 +52,7 @@ class Encoder(nn.Module):
 
     def forward(self, x_BSD: Tensor, segment_ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Embeddings [B, S, D] to memory [B, S, D]; samples of a row do not see each other."""
-        length = x_BSD.shape[1]
+        length = segment_ids_BS.shape[1]  # of whole rows: a sharded model has a part of x_BSD here
         bias = None
         if self.relative_bias is not None:
             # Within a sample the difference of places in the row is the difference of positions.

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,19 @@ from dist_transformer.model.transformer import EncoderDecoder
 
 
 def initialize(model: EncoderDecoder, seed: int, device: torch.device) -> None:
-    """Move a model from the meta device to `device` with its initial weights, one parameter at a time, in float32."""
+    """Move a model from the meta device to `device` with its initial weights, in float32."""
+    fill(
+        model,
+        lambda name, empty: nn.Parameter(initial_value(name, empty.shape, model.config, seed).to(device)),
+    )
+
+
+def fill(model: EncoderDecoder, build: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put `build(name, parameter)` in the place of each parameter on the meta device, one at a time."""
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                full_name = f"{module_name}.{name}"
-                value = initial_value(full_name, parameter.shape, model.config, seed)
-                setattr(module, name, nn.Parameter(value.to(device)))
+                setattr(module, name, build(f"{module_name}.{name}", parameter))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -22,6 +22,14 @@ def build_norm(model: ModelConfig, d_model: int) -> nn.Module:
     return norm(d_model, eps=model.norm_eps)
 
 
+class Project(nn.Module):
+    """Several linear maps of one input. A module of its own, so that a sharded model can bring the input in once."""
+
+    def forward(self, x_BTD: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+        """[B, T, D] to each map's [B, T, ...]."""
+        return tuple(map_(x_BTD) for map_ in maps)
+
+
 class AddNorm(nn.Module):
     """The residual connection around a sublayer with its norm ("Add & Norm", the paper, section 3.1).
 
@@ -53,12 +61,15 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(stack.d_model, stack.d_ff, bias=model.bias)
         self.gate = nn.Linear(stack.d_model, stack.d_ff, bias=model.bias) if model.ffn in _GATED else None
         self.down = nn.Linear(stack.d_ff, stack.d_model, bias=model.bias)
+        self.project = Project()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D], each position by itself."""
         if self.gate is None:
-            inner_BTF = self.activation(self.up(x_BTD))
+            (up_BTF,) = self.project(x_BTD, self.up)
+            inner_BTF = self.activation(up_BTF)
         else:
-            inner_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+            gate_BTF, up_BTF = self.project(x_BTD, self.gate, self.up)
+            inner_BTF = self.activation(gate_BTF) * up_BTF
         out_BTD: Tensor = self.down(F.dropout(inner_BTF, self.dropout, self.training))
         return out_BTD

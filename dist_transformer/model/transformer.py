@@ -27,7 +27,10 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
         """[B, T] token ids and positions below `length` to [B, T, D]."""
-        x_BTD = F.embedding(tokens_BT, self.weight)
+        return self.add_positions(F.embedding(tokens_BT, self.weight), positions_BT, length)
+
+    def add_positions(self, x_BTD: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+        """Scaled vectors of tokens [B, T, D], with their positions where those are added, and dropout."""
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if self.learned is not None:

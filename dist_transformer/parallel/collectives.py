@@ -19,6 +19,13 @@ def sum_over_data_parallel(values: Tensor, mesh: Mesh) -> Tensor:
     return values
 
 
+def sum_over_ranks(values: Tensor, mesh: Mesh) -> Tensor:
+    """Add a tensor over all ranks, in place; every rank gets the sum."""
+    if mesh.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def gather_objects(value: T, mesh: Mesh) -> list[T]:
     """Every rank's value, on every rank, in rank order."""
     if mesh.world_size == 1:

@@ -22,6 +22,7 @@ LIMIT_S = 150
 def _rank_main(
     rank: int,
     world_size: int,
+    tp_degree: int,
     store: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -32,7 +33,7 @@ def _rank_main(
     )
     torch.set_num_threads(1)
     try:
-        with open_mesh(init_method=f"file://{store}") as mesh:
+        with open_mesh(tp_degree, init_method=f"file://{store}") as mesh:
             results.put((rank, _to_bytes(function(mesh, *arguments)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
@@ -47,9 +48,16 @@ def _to_bytes(value: Any) -> bytes:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, limit_s: float = LIMIT_S
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    tp_degree: int = 1,
+    limit_s: float = LIMIT_S,
 ) -> list[Any]:
     """`function(mesh, *arguments)` on every rank; returns their results in rank order.
+
+    Args:
+        tp_degree: ranks that share each layer.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or after `limit_s` seconds.
@@ -61,7 +69,9 @@ def run_ranks(
         store = str(Path(folder) / "store")
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, store, function, arguments, results), daemon=True
+                target=_rank_main,
+                args=(rank, world_size, tp_degree, store, function, arguments, results),
+                daemon=True,
             )
             for rank in range(world_size)
         ]

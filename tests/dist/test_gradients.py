@@ -29,6 +29,8 @@ class Split:
     optimizer: str = "adamw"
     offload: str = "none"
     precision: str = "fp32"
+    tp_degree: int = 1
+    sequence_parallel: bool = True
 
 
 @dataclass
@@ -70,7 +72,12 @@ def config_of(preset: str, split: Split, n_rows: int) -> Config:
                 "weight_decay": 0.01,
                 "eps": 1e-6,
             },
-            "parallel": {"zero_stage": split.zero_stage, "offload": split.offload},
+            "parallel": {
+                "zero_stage": split.zero_stage,
+                "offload": split.offload,
+                "tp_degree": split.tp_degree,
+                "sequence_parallel": split.sequence_parallel,
+            },
             "recompute": {"encoder": split.recompute, "decoder": split.recompute},
         }
     )
@@ -136,7 +143,7 @@ def outcome(mesh: Mesh, preset: str, split: Split) -> Outcome:
         result = engine.train_step(micro_batches, n_target_tokens, step)
         total = result.sums.clone()
         if mesh.dp_size > 1:
-            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(total, group=mesh.dp_group)
         found.losses.append(float(total[0]) / n_target_tokens)
     return found
 

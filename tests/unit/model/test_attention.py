@@ -53,7 +53,7 @@ def test_attention_by_the_formula(n_kv_heads: int) -> None:
     x, memory = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double()
     allowed = torch.rand(2, 1, 3, 5) < 0.7
     allowed[..., 0] = True
-    actual = attention(x, attention.keys_values(memory), allowed)
+    actual = attention(attention.queries(x), attention.keys_values(memory), allowed)
 
     heads = []
     for head in range(4):

@@ -1,0 +1,88 @@
+"""A rank's part of the model with its weights, built so that no rank ever holds the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from dist_transformer.config import Config
+from dist_transformer.errors import CheckpointError
+from dist_transformer.model import EncoderDecoder, build_model
+from dist_transformer.model.initialize import fill, initial_value
+from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.parallel.regions import TensorParallel
+from dist_transformer.parallel.sharding import partition_of, place, shard
+
+
+def build_part(
+    config: Config,
+    mesh: Mesh,
+    tp: TensorParallel,
+    deepspeed_config: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+) -> EncoderDecoder:
+    """The model as this rank holds it: its part of each layer, under ZeRO 3 its part of that.
+
+    One parameter at a time is drawn as a whole (the same for every layout), cut, and dropped: the most memory in use
+    is this rank's part and one parameter.
+
+    Args:
+        weights: whole weights by name, in place of drawn ones.
+
+    Raises:
+        CheckpointError: if `weights` are not this model's.
+    """
+    model = build_model(config.model)
+    if weights is not None:
+        _check_weights(model, weights)
+    shard(model, tp)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    partition_over_dp = _partitioner(config, mesh, deepspeed_config, dtype)
+
+    def build(name: str, empty: nn.Parameter) -> nn.Parameter:
+        partition = partition_of(empty)
+        shape = empty.shape if partition is None else partition.whole_shape(empty.shape)
+        whole = (
+            initial_value(name, shape, config.model, config.run.seed) if weights is None else weights[name]
+        )
+        part = whole if partition is None else partition.cut(whole)
+        # A tensor of its own, contiguous, also where nothing is converted: a view would keep the whole.
+        value = torch.empty(part.shape, dtype=dtype, device=mesh.device).copy_(part)
+        parameter = place(empty, value, tp)
+        partition_over_dp(parameter)
+        return parameter
+
+    fill(model, build)
+    return model
+
+
+def _partitioner(
+    config: Config, mesh: Mesh, deepspeed_config: dict[str, Any], dtype: torch.dtype
+) -> Callable[[nn.Parameter], None]:
+    """What leaves a rank its data-parallel part of a parameter under ZeRO 3, and does nothing elsewhere."""
+    if config.parallel.zero_stage < 3:
+        return lambda parameter: None
+    # On an empty module: the model's own parameters come one by one.
+    zero = deepspeed.zero.Init(
+        module=nn.Module(),
+        data_parallel_group=mesh.dp_group,
+        config_dict_or_path=deepspeed_config,
+        dtype=dtype,
+        mpu=mesh,
+    )
+    return lambda parameter: zero._convert_to_zero_parameters([parameter])
+
+
+def _check_weights(model: EncoderDecoder, weights: dict[str, Tensor]) -> None:
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in sorted(expected.keys() ^ weights.keys()):
+        where = "has no place in this model" if name in weights else "is missing"
+        raise CheckpointError(f"the given weights are another model's: {name} {where}")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise CheckpointError(
+                f"the given weights are another model's: {name} is {list(weights[name].shape)} there and "
+                f"{list(shape)} here"
+            )
