@@ -47,27 +47,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"{path}: should hold sections such as `run:` and `data:`, not {type(tree).__name__}"
         )
-    problems = []
-    for override in overrides:
-        try:
-            _apply_override(tree, override)
-        except ConfigError as error:
-            problems.append(str(error))
-    try:
-        config = build_config(tree, source=str(path))
-    except ConfigError as error:
-        raise ConfigError("\n".join([*problems, str(error)])) from None
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
+    return build_config(tree, str(path), overrides)
 
 
-def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
-    """Validate a nested dictionary.
+def build_config(
+    tree: dict[str, Any], source: str = "configuration", overrides: Sequence[str] = ()
+) -> Config:
+    """Apply `section.key=value` overrides to a nested dictionary and validate it.
 
     Raises:
         ConfigError: with every problem found, one a line.
     """
+    unreadable = []
+    for override in overrides:
+        try:
+            _apply_override(tree, override)
+        except ConfigError as error:
+            unreadable.append(str(error))
     # A section whose fields are all commented out is null in YAML.
     tree = {name: {} if section is None else section for name, section in tree.items()}
     problems = []
@@ -81,8 +77,8 @@ def build_config(tree: dict[str, Any], source: str = "configuration") -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems += [_sentence(problem) for problem in error.errors()]
-    if problems:
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+    if unreadable or problems:
+        raise ConfigError("\n".join([*unreadable, *(f"{source}: {problem}" for problem in problems)]))
     return config
 
 
