@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from dist_transformer.checkpoints.folder import latest_checkpoint
+from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.config import Config, load_config
 from dist_transformer.data.batch import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
 from dist_transformer.errors import CheckpointError, ConfigError, DataError
 from dist_transformer.generate.spans import Filled, fill_texts
 from dist_transformer.generate.text import Generated, describe_truncated, generate_texts

@@ -8,10 +8,12 @@ from typing import Protocol
 
 import torch
 
+from dist_transformer.checkpoints.folder import TrainerState
 from dist_transformer.config import Config
 from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.engine.checkpoint import TrainerState, save_checkpoint
 from dist_transformer.engine.engine import Engine, StepResult
+from dist_transformer.engine.saving import SaveOutcome, Saver
+from dist_transformer.errors import CheckpointError
 from dist_transformer.parallel.collectives import sum_over_data_parallel
 from dist_transformer.tracking import Console, MetricsLog
 from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
@@ -160,25 +162,61 @@ class EvaluateHook:
 
 @dataclass
 class CheckpointHook:
-    """Every `checkpoint.every` steps and at the end: save."""
+    """Every `checkpoint.every` steps and at the end: save.
+
+    A save that fails is an alert, and the next one tries again; the run fails only if its last save did.
+
+    Raises:
+        CheckpointError: on every rank, if there is no room for a checkpoint before the first step.
+    """
 
     config: Config
     engine: Engine
     state: TrainerState
     outlets: Outlets
 
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.engine)
+        self.saver.check_space()
+
     def after_step(self, report: StepReport) -> None:
-        """Save when it is time."""
+        """Save when it is time, and see how the save before goes.
+
+        Raises:
+            CheckpointError: on every rank, if the run's last save failed.
+        """
+        for outcome in self.saver.poll():
+            self._record(report.step, outcome)
         if report.step % self.config.checkpoint.every and not report.is_last:
             return
         if self.outlets.console is not None:
             self.outlets.console.pause()
-        start = time.perf_counter()
-        path = save_checkpoint(self.engine, self.state, self.config.checkpoint.keep)
-        if self.outlets.log is not None:
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            values = {"checkpoint/save_s": time.perf_counter() - start, "checkpoint/gib": size / 2**30}
-            self.outlets.log.log("checkpoint", report.step, values)
+        ended = self.saver.begin(self.state)
+        if report.is_last or not self.config.checkpoint.asynchronous:
+            ended += self.saver.finish()
+        for outcome in ended:
+            self._record(report.step, outcome)
+        if report.is_last and ended[-1].error is not None:
+            failure = CheckpointError(f"{ended[-1].error}: mend it, and the same command goes on from there")
+            failure.on_every_rank = True
+            raise failure
+
+    def finish(self) -> None:
+        """Complete a save under way, where a run ends with an error that all ranks know of. A collective."""
+        for outcome in self.saver.finish():
+            self._record(self.state.step, outcome)
+
+    def _record(self, step: int, outcome: SaveOutcome) -> None:
+        if outcome.error is not None:
+            self.outlets.alert(step, outcome.error)
+        elif self.outlets.log is not None:
+            values = {
+                "checkpoint/step": outcome.step,
+                "checkpoint/save_s": outcome.total_s,
+                "checkpoint/blocked_s": outcome.blocked_s,
+                "checkpoint/gib": outcome.n_bytes / 2**30,
+            }
+            self.outlets.log.log("checkpoint", step, values)
 
 
 def write_samples(run_dir: Path, step: int, samples: list[Sample]) -> Path:

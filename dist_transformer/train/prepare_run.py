@@ -5,13 +5,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dist_transformer.checkpoints.folder import check_model, find_checkpoint_in, latest_checkpoint
+from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.config import Config, dump_config
 from dist_transformer.data.check import check_data
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.engine.checkpoint import check_checkpoint, check_model, latest_checkpoint, load_weights
+from dist_transformer.engine.checkpoint import check_checkpoint
 from dist_transformer.engine.deepspeed_config import grad_accum_steps
-from dist_transformer.errors import CheckpointError, ConfigError, UserError
+from dist_transformer.errors import ConfigError, UserError
 from dist_transformer.parallel.collectives import raise_together
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.tracking import check_tracking
@@ -110,9 +112,6 @@ def _initial_checkpoint(config: Config) -> Path | None:
     source = config.train.init_from
     if source is None:
         return None
-    path = Path(source)
-    checkpoint = path if (path / "trainer.json").exists() else latest_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(f"train.init_from={source}: no checkpoint there")
+    checkpoint = find_checkpoint_in(Path(source))
     check_model(checkpoint, config.model, "give this run the same model section, or another train.init_from")
     return checkpoint

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import torch
 
+from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.engine.checkpoint import (
-    TrainerState,
-    load_checkpoint,
-    read_trainer_state,
-)
+from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
 from dist_transformer.engine.deepspeed_config import grad_accum_steps
 from dist_transformer.engine.engine import Engine
 from dist_transformer.errors import ConfigError, UserError
@@ -93,17 +90,26 @@ class Trainer:
         self.evaluation = (
             EvaluateHook(config, self.engine, tokenizer, self.state, outlets) if config.data.eval else None
         )
+        self.saving = CheckpointHook(config, self.engine, self.state, outlets)
         self.hooks: list[Hook] = [
             LogHook(config, self.engine, self.state, self.bad_steps, outlets),
             *([self.evaluation] if self.evaluation else []),
-            CheckpointHook(config, self.engine, self.state, outlets),
+            self.saving,
         ]
+        if checkpoint is not None and (change := describe_change(checkpoint, config, mesh)):
+            outlets.message(change)
 
     def run(self) -> None:
         """All steps that are left."""
         self._say_hello()
         with contextlib.closing(self.stream):
-            self._run()
+            try:
+                self._run()
+            except UserError as error:
+                # Where every rank knows, the checkpoint that is being written need not be lost.
+                if error.on_every_rank:
+                    self.saving.finish()
+                raise
 
     def _run(self) -> None:
         if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:

@@ -8,18 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_transformer.checkpoints.folder import TrainerState, latest_checkpoint, list_checkpoints
+from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.config import Config, build_config
 from dist_transformer.data.batch import PAD_ID
-from dist_transformer.engine.checkpoint import (
-    TrainerState,
-    check_checkpoint,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from dist_transformer.engine.checkpoint import check_checkpoint, load_checkpoint
 from dist_transformer.engine.engine import Engine
+from dist_transformer.engine.saving import save_checkpoint
 from dist_transformer.errors import CheckpointError
 from tests.dist.harness import Mesh, run_ranks
 from tests.dist.test_bad_steps import name_of, weights_of
@@ -84,7 +79,7 @@ def there_and_back(mesh: Mesh, split: Split, run_dir: str) -> dict[str, Any]:
     train(engine, range(1, 4))
     masters = master_weights(engine)
     state = TrainerState(step=3, tokens_seen=77, data={"cursors": {"0": [0, 0, 0, 1]}})
-    path = save_checkpoint(engine, state, keep=2)
+    path = save_checkpoint(engine, state)
     expected = train(engine, range(4, 7)), weights_of(engine)
 
     check_checkpoint(path, config, mesh)
@@ -159,13 +154,14 @@ def test_files_of_a_checkpoint(outcomes: list[list[dict[str, Any]]]) -> None:
         assert latest_checkpoint(path.parent.parent) == path
         assert list_checkpoints(path.parent.parent) == [path]
         assert sorted(entry.name for entry in path.parent.iterdir()) == ["latest", "step-00000003"]
-        assert len(list(path.glob("rng-*.pt"))) == len(outcomes)
+        written = sorted(file.name for file in path.glob("*.safetensors"))
+        assert written == [f"rank-{rank:05d}.safetensors" for rank in range(len(outcomes))]
 
 
 def test_every_file_is_checked_before_weights_are_read(outcomes: list[list[dict[str, Any]]]) -> None:
     for found in outcomes[0][:3]:
         path = Path(found["path"])
-        for file in sorted(path.glob("*.pt")):
+        for file in sorted(path.glob("*.safetensors")):
             content = file.read_bytes()
             file.write_bytes(content[: len(content) // 2])
             with pytest.raises(CheckpointError, match=rf"{file.name} has .* the checkpoint is damaged"):
@@ -179,10 +175,10 @@ def spoil_and_load(mesh: Mesh, folder: str) -> list[str]:
     for stage in (0, 2, 3):
         config = configured(Split(micro_batch_size=2, zero_stage=stage), f"{folder}/{stage}")
         engine = Engine(config, mesh)
-        path = save_checkpoint(engine, TrainerState(step=1), keep=1)
+        path = save_checkpoint(engine, TrainerState(step=1))
         if mesh.rank == 1:
-            rng = path / "rng-00001.pt"
-            rng.write_bytes(b"\0" * rng.stat().st_size)
+            file = path / "rank-00001.safetensors"
+            file.write_bytes(b"\0" * file.stat().st_size)
         try:
             load_checkpoint(engine, path)
         except CheckpointError as error:

@@ -15,6 +15,7 @@ LAYERS = {
     "model": 2,
     "data": 2,
     "tracking": 2,
+    "checkpoints": 2,
     "parallel": 3,
     "engine": 4,
     "generate": 4,
