@@ -93,3 +93,27 @@ def _balance(source: Int64, target: Int64, n_left: Int64, max_source_len: int, m
     scale = (max_source_len * max_target_len) / (row_source * row_target)
     balance: Int64 = np.rint((source * row_target - target * row_source) * scale).astype(np.int64)
     return balance
+
+
+def bucket(source_lengths: Int64, target_lengths: Int64, n_tokens: int) -> tuple[Int64, Int64]:
+    """Batches of samples of similar length, each sample in a row of its own.
+
+    Args:
+        source_lengths: [N], each at most `n_tokens`.
+        target_lengths: [N], each at most `n_tokens`.
+        n_tokens: Positions of a bucket on either side, at most, padded to its longest sample.
+
+    Returns:
+        (order, n_samples): the samples of bucket 0, bucket 1, ..., from the shortest to the longest, and how many
+        each bucket has. Samples of equal lengths stay in the order given.
+    """
+    order = np.lexsort((source_lengths, source_lengths + target_lengths))
+    n_samples: list[int] = []
+    count = longest = 0
+    for length in np.maximum(source_lengths, target_lengths)[order].tolist():
+        longest = max(longest, length)
+        if count and (count + 1) * longest > n_tokens:
+            n_samples.append(count)
+            count, longest = 0, length
+        count += 1
+    return order, np.asarray([*n_samples, count][: len(order)], np.int64)

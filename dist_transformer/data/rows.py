@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dist_transformer.data.batch import PAD_ID, Batch, Cursor
 from dist_transformer.data.hashing import Int64, hash_array, mix64
-from dist_transformer.data.objectives import Samples
+from dist_transformer.data.objectives import Pieces, Samples
 from dist_transformer.data.ragged import Tokens, ragged_gather, ragged_indices, starts_of
 
 
@@ -40,23 +40,23 @@ class Rows:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     @classmethod
-    def build(cls, samples: Samples, order: Int64, n_samples: Int64) -> "Rows":
+    def build(cls, pieces: Pieces, samples: Samples, n_samples: Int64) -> "Rows":
         """Rows of samples.
 
         Args:
-            samples: N samples.
-            order: [N] the samples in the order in which rows hold them.
+            pieces: N pieces in the order in which rows hold them.
+            samples: Their tokens.
             n_samples: [R] how many belong to each row.
         """
         row = np.repeat(np.arange(len(n_samples)), n_samples)
         counts = np.zeros((len(n_samples), len(COUNTS)), np.int64)
-        for column, is_counted in enumerate((samples.is_truncated, samples.is_split)):
-            counts[:, column] = np.bincount(row[is_counted[order]], minlength=len(n_samples))
+        for column, is_counted in enumerate((pieces.is_truncated, pieces.is_split)):
+            counts[:, column] = np.bincount(row[is_counted], minlength=len(n_samples))
         return cls(
-            source_tokens=ragged_gather(samples.source_tokens, samples.source_lengths, order),
-            target_tokens=ragged_gather(samples.target_tokens, samples.target_lengths, order),
-            source_lengths=samples.source_lengths[order],
-            target_lengths=samples.target_lengths[order],
+            source_tokens=samples.source_tokens,
+            target_tokens=samples.target_tokens,
+            source_lengths=samples.source_lengths,
+            target_lengths=samples.target_lengths,
             n_samples=n_samples,
             counts=counts,
         )

@@ -12,8 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from dist_transformer.errors import DataError
 
 PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "</s>", "<unk>"
+MODES = ("R", "S", "X")
+"""UL2's modes; the token of R is `[R]`."""
 N_SENTINELS = 100
-SMALLEST_VOCABULARY = 3 + 256 + N_SENTINELS
+_MODE_TOKENS = tuple(f"[{mode}]" for mode in MODES)
+_SPECIAL_TOKENS = (PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *_MODE_TOKENS)
+SMALLEST_VOCABULARY = len(_SPECIAL_TOKENS) + 256 + N_SENTINELS
 """Special tokens, one token for each byte, and the sentinels."""
 
 _PAD_NAMES, _EOS_NAMES, _UNK_NAMES = (PAD_TOKEN, "[PAD]"), (EOS_TOKEN, "[EOS]", "<eos>"), (UNK_TOKEN, "[UNK]")
@@ -26,8 +30,8 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise a `DataError` for a vocabulary that does not even hold the bytes."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
-            f"vocab_size={vocab_size} is too small: 256 bytes, 3 special tokens and {N_SENTINELS} sentinels "
-            f"need at least {SMALLEST_VOCABULARY}"
+            f"vocab_size={vocab_size} is too small: 256 bytes, {len(_SPECIAL_TOKENS)} special tokens and "
+            f"{N_SENTINELS} sentinels need at least {SMALLEST_VOCABULARY}"
         )
 
 
@@ -35,8 +39,8 @@ class TextTokenizer:
     """Text to token ids and back.
 
     A trained one is byte-level, so any text comes back exactly, newlines included, and nothing is unknown.
-    Its ids are <pad>=0, </s>=1, <unk>=2, then bytes and merges, and the sentinels `<extra_id_0>` ..
-    `<extra_id_99>` last.
+    Its ids are <pad>=0, </s>=1, <unk>=2, the mode tokens [R]=3, [S]=4 and [X]=5, then bytes and merges, and the
+    sentinels `<extra_id_0>` .. `<extra_id_99>` last.
     """
 
     def __init__(self, content: str, name: str = "tokenizer.json") -> None:
@@ -65,6 +69,12 @@ class TextTokenizer:
         numbered = {int(m[1]): i for token, i in vocabulary.items() if (m := _SENTINEL.fullmatch(token))}
         self.sentinel_ids: tuple[int, ...] = tuple(numbered[k] for k in sorted(numbered))
         """Ids of `<extra_id_0>`, `<extra_id_1>`, ...; empty where the tokenizer has none."""
+        added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        # An ordinary token of this name could also come from text.
+        self.mode_ids: dict[str, int] = {
+            mode: added[token] for mode, token in zip(MODES, _MODE_TOKENS, strict=True) if token in added
+        }
+        """Ids of UL2's mode tokens by mode; those that the tokenizer has."""
         self._unshown = {self.pad_id, self.eos_id}
 
     @classmethod
@@ -83,7 +93,7 @@ class TextTokenizer:
         check_vocab_size(vocab_size)
         options: dict[str, Any] = {
             "vocab_size": vocab_size - N_SENTINELS,
-            "special_tokens": [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN],
+            "special_tokens": list(_SPECIAL_TOKENS),
             "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
             "show_progress": False,
         }
@@ -145,7 +155,9 @@ class TextTokenizer:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, keep_sentinels: bool = False) -> str:
-        """Text of ids. Padding and EOS leave no trace; sentinels stay as `<extra_id_N>` on request."""
+        """Text of ids. Padding and EOS leave no trace; sentinels (`<extra_id_0>`) and mode tokens (`[R]`) stay on
+        request.
+        """
         shown = [i for i in map(int, ids) if i not in self._unshown]
         text: str = self._tokenizer.decode(shown, skip_special_tokens=not keep_sentinels)
         return text
@@ -160,10 +172,9 @@ def _build(content: str, name: str) -> Tokenizer:
     """The tokenizer, with its special tokens marked as special even where the file does not say so."""
     try:
         described = json.loads(content)
+        names = {*_PAD_NAMES, *_EOS_NAMES, *_UNK_NAMES, *_MODE_TOKENS}
         for token in described.get("added_tokens") or []:
-            if token["content"] in {*_PAD_NAMES, *_EOS_NAMES, *_UNK_NAMES} or _SENTINEL.fullmatch(
-                token["content"]
-            ):
+            if token["content"] in names or _SENTINEL.fullmatch(token["content"]):
                 token["special"] = True
         return Tokenizer.from_str(json.dumps(described))
     except Exception as error:  # `tokenizers` raises bare Exception for anything it cannot read

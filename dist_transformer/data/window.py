@@ -1,4 +1,4 @@
-"""A window of a shard becomes rows: samples in an order of their own, corrupted by the objective, packed."""
+"""A window of a shard becomes rows: samples in an order of their own, made into pairs by the objective, laid out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from dist_transformer.config.data import CorpusConfig, DataConfig
-from dist_transformer.data.hashing import permutation
-from dist_transformer.data.objectives import Objective, build_objective
+from dist_transformer.data.hashing import Int64, permutation
+from dist_transformer.data.objectives import Objective, Pieces, Window, build_objective
 from dist_transformer.data.order import noise_key, row_key, window_key
-from dist_transformer.data.packing import pack
+from dist_transformer.data.packing import bucket
+from dist_transformer.data.ragged import ragged_indices, starts_of
 from dist_transformer.data.rows import Rows
 from dist_transformer.data.shards import RawWindow
 from dist_transformer.data.tokenizer import TextTokenizer
@@ -23,6 +24,7 @@ class WindowPlan:
     seed: int
     shuffle: bool
     packing: bool
+    bucket_tokens: int | None = None
 
     @classmethod
     def build(
@@ -33,7 +35,8 @@ class WindowPlan:
         Raises:
             DataError: the rows are too short for the objective, or the tokenizer lacks tokens that it needs.
         """
-        return cls(build_objective(data, corpus, tokenizer), seed, shuffle, data.packing)
+        objective = build_objective(data, corpus, tokenizer)
+        return cls(objective, seed, shuffle, data.packing, data.bucket_tokens)
 
     def build_rows(
         self, raw: RawWindow, *, epoch: int, shard: int, window: int, location: str
@@ -47,27 +50,36 @@ class WindowPlan:
             window: Number of the window in the shard.
             location: What messages call the shard.
         """
-        samples = self.objective(raw.fields, raw.indices, noise_key(self.seed, epoch, shard), location)
-        order = np.arange(len(samples))
+        samples = Window(raw.fields, raw.indices, noise_key(self.seed, epoch, shard), location)
+        pieces, n_pieces = self._lay_out(samples, window_key(self.seed, epoch, shard, window))
         if self.shuffle:
-            order = permutation(len(order), window_key(self.seed, epoch, shard, window))
-        if not self.packing:
-            return Rows.build(samples, order, np.ones_like(order)), samples.n_dropped
-        sides = samples.source_lengths[order], samples.target_lengths[order]
-        packed, n_samples = pack(*sides, self.objective.max_source_len, self.objective.max_target_len)
-        rows = Rows.build(samples, order[packed], n_samples)
-        if self.shuffle:
-            # Packing leaves rows sorted by the size of their samples.
-            row_order = permutation(len(rows), row_key(self.seed, epoch, shard, window))
+            # Rows come out with what fits easily first, buckets in the order of length.
+            order = permutation(len(n_pieces), row_key(self.seed, epoch, shard, window))
         else:
-            row_order = np.argsort(packed[np.cumsum(n_samples) - n_samples], kind="stable")
-        return rows.select(row_order), samples.n_dropped
+            order = np.argsort(np.minimum.reduceat(pieces.sample, starts_of(n_pieces)), kind="stable")
+        pieces = pieces.select(ragged_indices(starts_of(n_pieces)[order], n_pieces[order]))
+        n_dropped = len(samples) - len(np.unique(pieces.sample))
+        return Rows.build(pieces, self.objective.write(samples, pieces), n_pieces[order]), n_dropped
+
+    def _lay_out(self, samples: Window, key: int) -> tuple[Pieces, Int64]:
+        """The pieces row by row, and how many each row has."""
+        if self.packing:
+            order = permutation(len(samples), key) if self.shuffle else np.arange(len(samples))
+            return self.objective.fill_rows(samples, order)
+        pieces = self.objective.cut(samples)
+        if self.shuffle:
+            pieces = pieces.select(permutation(len(pieces), key))
+        if self.bucket_tokens is None:
+            return pieces, np.ones(len(pieces), np.int64)
+        order, n_pieces = bucket(pieces.source_lengths, pieces.target_lengths, self.bucket_tokens)
+        return pieces.select(order), n_pieces
 
     def describe(self) -> dict[str, Any]:
-        """What decides the rows: a resume must find the same values."""
+        """What decides the rows, as plain JSON: a resume must find the same values."""
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
             "packing": self.packing,
+            "bucket_tokens": self.bucket_tokens,
             **self.objective.describe(),
         }
