@@ -8,18 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_transformer.data.documents import BadUtf8, DocumentUnit, Scan
-from dist_transformer.data.manifest import (
-    MANIFEST_NAME,
-    PREPARATION_NAME,
-    Kind,
-    write_atomically,
-)
+from dist_transformer.data.documents import Reading, Scan
+from dist_transformer.data.manifest import MANIFEST_NAME, PREPARATION_NAME, Kind, write_atomically
+from dist_transformer.data.shares import Share
 from dist_transformer.data.tokenizer import Model
 from dist_transformer.errors import DataError
 
 WORK_NAME = ".work"
-_OWN = re.compile(r"(train|eval)-\d{5}\.tar|manifest\.json|prepare\.json|tokenizer\.json")
+PARTS_NAME = "parts"
+"""Below the folder of an array: what each task writes, until it is merged."""
+_OWN = re.compile(r"(train|eval)-\d{5,}\.tar|manifest\.json|prepare\.json|tokenizer\.json")
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,15 @@ class Recipe:
     """The arguments that decide what is written."""
 
     kind: Kind
-    unit: DocumentUnit
+    reading: Reading
     vocab_size: int
     model: Model
     n_shards: int | None
     held_out: int | None
     max_document_tokens: int
     seed: int
-    bad_utf8: BadUtf8
+    dedup: bool
+    raw: bool
 
     def check(self) -> None:
         """Raise a `DataError` for values that no preparation can have."""
@@ -44,18 +43,29 @@ class Recipe:
             raise DataError(f"held_out={self.held_out}: give 0 for no held-out split")
         if self.kind == "text" and self.max_document_tokens < 2:
             raise DataError(f"max_document_tokens={self.max_document_tokens}: there must be at least 2")
+        if not all(self.reading.fields):
+            raise DataError("the name of a field is empty: give the key of a string in each JSON object")
 
-    def describe(self, scans: Sequence[Scan], n_held: int, tokenizer_sha256: str | None) -> dict[str, Any]:
-        """What `prepare.json` keeps: two preparations with equal descriptions write equal bytes."""
-        inputs = [list(pair) for found in scans for pair in zip(found.sizes, found.digests, strict=True)]
+    def arguments(self, tokenizer_sha256: str | None) -> dict[str, Any]:
+        """Every argument by name; `tokenizer_sha256` is that of a tokenizer that was given."""
         arguments = asdict(self)
+        arguments |= arguments.pop("reading")
+        arguments["fields"] = list(self.reading.fields)
         if tokenizer_sha256 is not None:
             arguments |= {"vocab_size": None, "model": None}
+        return arguments | {"tokenizer": tokenizer_sha256}
+
+    def describe(
+        self, scans: Sequence[Scan], n_held: int, tokenizer_sha256: str | None, share: Share
+    ) -> dict[str, Any]:
+        """What `prepare.json` keeps: two preparations with equal descriptions write equal bytes."""
+        inputs = [list(pair) for found in scans for pair in zip(found.sizes, found.digests, strict=True)]
         return {
             "format": 1,
-            "arguments": arguments | {"tokenizer": tokenizer_sha256},
+            "arguments": self.arguments(tokenizer_sha256) | share.arguments(),
             "inputs": inputs,
             "n_held_out_inputs": n_held,
+            "array_inputs": share.inputs,
         }
 
 
@@ -79,12 +89,12 @@ def claim_folder(out: Path, description: dict[str, Any], overwrite: bool) -> Non
     if is_ours and not overwrite:
         if MANIFEST_NAME in present:
             raise DataError(f"{out} is already prepared: use another --out or --overwrite")
-        if _read(begun) == description:
+        if read_description(begun) == description:
             return
+        difference = describe_difference(read_description(begun), description)
         raise DataError(
-            f"{out} was begun with {_difference(_read(begun), description)}: run that command again to "
-            "finish it, or start "
-            "over with --overwrite"
+            f"{out} was begun with {difference}: run that command again to "
+            "finish it, or start over with --overwrite"
         )
     try:
         _clear(out)
@@ -105,7 +115,8 @@ def _clear(out: Path) -> None:
             entry.unlink()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """What `Recipe.describe` gave when a folder was begun; empty where that cannot be read."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +124,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
+def describe_difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What a folder was begun with that is not wanted now."""
     old, new = begun.get("arguments", {}), wanted["arguments"]
     changed = [f"{name}={old.get(name)} (now {new[name]})" for name in new if old.get(name) != new[name]]
     return "other arguments: " + ", ".join(changed) if changed else "other input files"

@@ -20,33 +20,47 @@ R = TypeVar("R")
 _PLAIN_INTERVAL_S = 10.0
 
 
-def run_tasks(function: Callable[[T], R], tasks: Sequence[T], n_workers: int) -> Iterator[R]:
-    """The results of tasks in the order in which they finish; one worker means this process.
+class Workers:
+    """Processes that live from the first task to the end of the `with` block; one means this process.
 
-    Processes are spawned, never forked: the caller may hold threads. They end with this process, however it
-    ends.
-
-    Raises:
-        DataError: a process was killed, or a task raised one.
+    They are spawned, never forked: the caller may hold threads. They end with this process, however it ends.
     """
-    n_workers = min(n_workers, len(tasks))
-    if n_workers <= 1:
-        yield from map(function, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_workers, mp_context=context, initializer=_prepare_worker) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
+
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = n_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
+        """The results of tasks in the order in which they finish.
+
+        Raises:
+            DataError: a process was killed, or a task raised one.
+        """
+        if min(self.n_workers, len(tasks)) <= 1:
+            yield from map(function, tasks)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.n_workers, mp_context=context, initializer=_prepare_worker)
+        futures = [self._pool.submit(function, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a preparation process was killed, often for want of memory: run the same command again "
-                "with fewer "
-                "--workers; what is done is kept"
+                "with fewer --workers; what is done is kept"
             ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                future.cancel()
 
 
 def _prepare_worker() -> None:

@@ -1,20 +1,30 @@
-"""The four stages of a preparation: read, tokenizer, tokenise, write shards; see `prepare`."""
+"""The stages of a preparation: read, duplicates, tokenizer, tokenise, write shards; see `prepare`."""
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 
-from dist_transformer.data.documents import Input, Scan, Segment, read_documents, scan
+from dist_transformer.data.dedup import find_duplicates
+from dist_transformer.data.documents import DocumentReader, Input, Scan, Segment, scan
 from dist_transformer.data.folder import WORK_NAME, Recipe, claim_folder
 from dist_transformer.data.hashing import Shuffle
-from dist_transformer.data.manifest import DTYPES, TOKENIZER_NAME, Kind, Manifest, ShardInfo, sha256_of
-from dist_transformer.data.order import LANE_COUNTS
-from dist_transformer.data.pool import count_with, progress, run_tasks
-from dist_transformer.data.spill import Part, ShardTask, build_shard, part_totals, tokenise_parts
+from dist_transformer.data.manifest import (
+    SPLITS,
+    TOKENIZER_NAME,
+    Kind,
+    Manifest,
+    ShardInfo,
+    Split,
+    sha256_of,
+)
+from dist_transformer.data.pool import Workers, count_with, progress
+from dist_transformer.data.shares import MIN_SAMPLES_PER_SHARD, SHARD_BYTES, Share, default_shards
+from dist_transformer.data.spill import RAW_NAME, Part, ShardTask, build_shard, dtype_of, tokenise_parts
 from dist_transformer.data.tokenizer import TextTokenizer, check_vocab_size
 from dist_transformer.errors import DataError
 
@@ -22,14 +32,12 @@ TOKENIZER_TEXT_BYTES = 100 << 20
 """At most about so much text trains the tokenizer: a random part of the training documents where there is
 more.
 """
-SHARD_BYTES = 64 << 20
-"""Size of a shard's tokens that the default number of shards aims at."""
-MIN_SHARDS, ENOUGH_SHARDS, MIN_SAMPLES_PER_SHARD = 24, 96, 8
 MAX_HELD_OUT = 2000
 _SHUFFLE_KEY = 0x5EED
-_MIN_PART_BYTES, _MAX_PARTS = 8 << 20, 512
+_MIN_PART_BYTES, _MAX_PART_BYTES, _MAX_PARTS = 8 << 20, 64 << 20, 512
 _PARALLEL_BYTES = 4 << 20
 """Less text than this is not worth starting processes for."""
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -46,37 +54,65 @@ class PreparedSummary:
     n_source_tokens: int
     """Training tokens of sources or documents, without EOS."""
     n_target_tokens: int
-    n_empty: int
-    """Documents or pairs left out because they, or one side, are empty."""
-    n_split: int
-    """Documents longer than max_document_tokens, written as several samples."""
+    counts: dict[str, int]
+    """What was left out and split, as in the manifest."""
     vocab_size: int
     """What the tokenizer has; little text can give fewer ids than were asked for."""
     seconds: float
 
+    @classmethod
+    def of(cls, manifest: Manifest, seconds: float) -> "PreparedSummary":
+        """The summary of a finished folder."""
+        return cls(
+            out=manifest.root,
+            kind=manifest.kind,
+            n_samples=sum(shard.n_samples for shard in manifest.train),
+            n_eval_samples=sum(shard.n_samples for shard in manifest.eval),
+            n_shards=len(manifest.train),
+            n_source_tokens=sum(shard.n_source_tokens for shard in manifest.train),
+            n_target_tokens=sum(shard.n_target_tokens for shard in manifest.train),
+            counts=manifest.counts,
+            vocab_size=manifest.vocab_size,
+            seconds=seconds,
+        )
+
 
 class Preparation:
-    """One run of the four stages."""
+    """One run of the stages.
+
+    Args:
+        recipe: What decides the bytes that are written.
+        out: The folder to write.
+        inputs: Training text of this share.
+        held: Held-out text from files of its own; written by the first share alone.
+        tokenizer: A `tokenizer.json` to use instead of training one.
+        workers: Processes; None: one per core.
+        overwrite: Replace what an earlier preparation wrote.
+        share: Which part of the whole this is.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
         out: Path,
-        inputs: list[Input],
-        held: list[Input],
+        inputs: Sequence[Input],
+        held: Sequence[Input],
         tokenizer: str | Path | None,
         workers: int | None,
         overwrite: bool,
+        share: Share,
     ) -> None:
-        self.recipe, self.out, self.inputs, self.held = recipe, out, inputs, held
-        self.given_tokenizer = None if tokenizer is None else _load_given(Path(tokenizer))
-        self.n_workers = workers or len(os.sched_getaffinity(0))
+        recipe.check()
+        check_inputs(inputs, held)
+        self.recipe, self.out, self.share = recipe, out, share
+        self.inputs, self.has_held_files = inputs, bool(held)
+        self.held = held if recipe.dedup or share.task == 0 else []
+        self.given_tokenizer = None if tokenizer is None else load_given(Path(tokenizer))
+        self.workers = Workers(workers or len(os.sched_getaffinity(0)))
         self.overwrite = overwrite
         self.work = out / WORK_NAME
-        recipe.check()
         if self.given_tokenizer is None:
             check_vocab_size(recipe.vocab_size)
-        _check_inputs(inputs, held)
 
     def run(self) -> PreparedSummary:
         """Do what is left to do.
@@ -85,80 +121,106 @@ class Preparation:
             DataError: bad input or an output folder that is not ours to write.
         """
         started = time.monotonic()
+        with self.workers:
+            manifest = self._run()
+        shutil.rmtree(self.work, ignore_errors=True)
+        return PreparedSummary.of(manifest, time.monotonic() - started)
+
+    def _run(self) -> Manifest:
         train, held = self._scan()
         n_documents = sum(segment.n_documents for found in train for segment in found.segments)
-        n_held_out = self._count_held_out(n_documents, held)
-        n_train = n_documents - n_held_out
-        if self.recipe.n_shards is not None and self.recipe.n_shards > n_train:
-            raise DataError(
-                f"{self.recipe.n_shards} shards are more than the {n_train} training documents: use "
-                f"--shards {n_train} or fewer"
-            )
+        self._check_counts(n_documents)
         digest = self.given_tokenizer.sha256 if self.given_tokenizer else None
-        claim_folder(self.out, self.recipe.describe([*train, *held], len(held), digest), self.overwrite)
+        description = self.recipe.describe([*train, *held], len(held), digest, self.share)
+        claim_folder(self.out, description, self.overwrite)
         self.work.mkdir(parents=True, exist_ok=True)
-        shuffle = Shuffle(n_documents, self.recipe.seed, _SHUFFLE_KEY)
-        parts = self._build_parts("train", [s for found in train for s in found.segments], shuffle)
-        held_parts = self._build_parts("eval", [s for found in held for s in found.segments], None)
+        parts = self._build_parts("train", [s for found in train for s in found.segments])
+        held_parts = self._build_parts("eval", [s for found in held for s in found.segments])
+        if self.recipe.dedup:
+            parts, held_parts = self._leave_out_duplicates(parts, held_parts)
+            n_documents = sum(part.n_documents for part in parts)
+            self._check_counts(n_documents)
+        if self.share.task:
+            held_parts = []
+        parts = _number(parts, Shuffle(n_documents, self.recipe.seed, _SHUFFLE_KEY))
+        held_parts = _number(held_parts, None)
+        n_held_out = self._count_held_out(n_documents)
         tokenizer = self._make_tokenizer(parts, n_held_out)
-        dtype = "u16" if tokenizer.vocab_size <= 1 << 16 else "u32"
+        token_dtype = "u16" if tokenizer.vocab_size <= 1 << 16 else "u32"
+        dtype = RAW_NAME if self.recipe.raw else token_dtype
         self._tokenise([*parts, *held_parts], tokenizer, dtype)
-        manifest = self._write_shards(parts, held_parts, n_held_out, n_documents, tokenizer, dtype)
-        n_empty = sum(found.n_empty for found in (*train, *held))
-        n_split = sum(part_totals(part)["n_split"] for part in (*parts, *held_parts))
-        manifest = replace(manifest, counts={"n_empty": n_empty, "n_split": n_split})
-        manifest.save()
-        shutil.rmtree(self.work, ignore_errors=True)
-        return PreparedSummary(
-            out=self.out,
-            kind=manifest.kind,
-            n_samples=sum(shard.n_samples for shard in manifest.train),
-            n_eval_samples=sum(shard.n_samples for shard in manifest.eval),
-            n_shards=len(manifest.train),
-            n_source_tokens=sum(shard.n_source_tokens for shard in manifest.train),
-            n_target_tokens=sum(shard.n_target_tokens for shard in manifest.train),
-            n_empty=n_empty,
-            n_split=n_split,
-            vocab_size=manifest.vocab_size,
-            seconds=time.monotonic() - started,
+        n_held = sum(part.n_documents for part in held_parts) or n_held_out
+        tasks = self._shard_tasks("train", parts, n_held_out, n_documents, dtype)
+        tasks += self._shard_tasks("eval", held_parts or parts, 0, n_held, dtype)
+        shards = self._write_shards(tasks, tokenizer, dtype)
+        scans = [*train, *held] if self.share.task == 0 else train
+        manifest = Manifest(
+            root=self.out,
+            kind=self.recipe.kind,
+            train=shards["train"],
+            eval=shards["eval"],
+            tokenizer_sha256=sha256_of(self.out / TOKENIZER_NAME),
+            vocab_size=tokenizer.vocab_size,
+            token_dtype=token_dtype,
+            samples="raw" if self.recipe.raw else "tokens",
+            counts={
+                "n_empty": sum(found.n_empty for found in scans),
+                "n_bad_lines": sum(found.n_bad_lines for found in scans),
+                "n_duplicates": sum(part.n_duplicates for part in (*parts, *held_parts)),
+                "n_split": sum(part.files.totals()["n_split"] for part in (*parts, *held_parts)),
+            },
         )
+        manifest.save()
+        return manifest
 
     def _scan(self) -> tuple[list[Scan], list[Scan]]:
         """Read every input once; nothing is written before all of them are known to be good."""
         inputs = [*self.inputs, *self.held]
         sizes = [sum(Path(name).stat().st_size for name in source.files) for source in inputs]
-        self._n_bytes = sum(sizes)
-        if self._n_bytes < _PARALLEL_BYTES:
-            self.n_workers = 1
+        if sum(sizes) < _PARALLEL_BYTES:
+            self.workers.n_workers = 1
         tasks = list(enumerate(inputs))
-        with progress("reading", self._n_bytes) as advance:
-            finished = run_tasks(_scan_task, tasks, self.n_workers)
+        with progress("reading", sum(sizes)) as advance:
+            finished = self.workers.run(_scan_task, tasks)
             scans = dict(count_with(finished, advance, lambda found: sizes[found[0]]))
         train = [scans[i] for i in range(len(self.inputs))]
         held = [scans[i] for i in range(len(self.inputs), len(inputs))]
-        for group, name in ((train, self.inputs), (held, self.held)):
-            if name and not any(segment.n_documents for found in group for segment in found.segments):
-                raise DataError(
-                    f"there is no text in {', '.join(f for source in name for f in source.files)}"
-                )
+        for group, given in ((train, self.inputs), (held, self.held)):
+            if given and not any(segment.n_documents for found in group for segment in found.segments):
+                names = [name for source in given for name in source.files]
+                more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+                raise DataError(f"there is no text in {', '.join(names[:_MAX_NAMED])}{more}")
         return train, held
 
-    def _count_held_out(self, n_documents: int, held: list[Scan]) -> int:
-        if held:
-            if self.recipe.held_out:
+    def _check_counts(self, n_documents: int) -> None:
+        """Refuse more held-out documents or shards than there are documents."""
+        n_held_out = self._count_held_out(n_documents)
+        if n_held_out >= n_documents:
+            raise DataError(
+                f"held_out={n_held_out} leaves nothing to train on: there are {n_documents} documents"
+            )
+        n_train = n_documents - n_held_out
+        if self.recipe.n_shards is not None and self.share.of(self.recipe.n_shards) > n_train:
+            raise DataError(
+                f"{self.share.of(self.recipe.n_shards)} shards are more than the {n_train} training "
+                f"documents: use --shards {n_train * self.share.n_tasks} or fewer"
+            )
+
+    def _count_held_out(self, n_documents: int) -> int:
+        wanted = self.recipe.held_out
+        if self.has_held_files:
+            if wanted:
                 raise DataError("held_out and files of held-out text exclude each other: give one of the two")
             return 0
-        wanted = self.recipe.held_out
-        if wanted is None:
-            return 0 if n_documents < 2 else max(1, min(n_documents // 100, MAX_HELD_OUT))
-        if wanted >= n_documents:
-            raise DataError(
-                f"held_out={wanted} leaves nothing to train on: there are {n_documents} documents"
-            )
-        return wanted
+        if wanted is not None:
+            return self.share.of(wanted)
+        if n_documents < 2:
+            return 0
+        return max(int(self.share.task == 0), min(n_documents // 100, self.share.of(MAX_HELD_OUT)))
 
-    def _build_parts(self, group: str, segments: list[Segment], shuffle: Shuffle | None) -> list[Part]:
-        size = max(_MIN_PART_BYTES, sum(segment.n_bytes for segment in segments) // _MAX_PARTS)
+    def _build_parts(self, split: Split, segments: list[Segment]) -> list[Part]:
+        n_bytes = sum(segment.n_bytes for segment in segments)
+        size = min(max(_MIN_PART_BYTES, n_bytes // _MAX_PARTS), _MAX_PART_BYTES)
         grouped: list[list[Segment]] = []
         n_bytes = size
         for segment in segments:
@@ -167,13 +229,18 @@ class Preparation:
                 n_bytes = 0
             grouped[-1].append(segment)
             n_bytes += segment.n_bytes
-        parts, first = [], 0
-        for number, members in enumerate(grouped):
-            name = f"{group}-part-{number:05d}"
-            longest = self.recipe.max_document_tokens
-            parts.append(Part(self.work, name, tuple(members), first, shuffle, longest))
-            first += parts[-1].n_documents
-        return parts
+        longest = self.recipe.max_document_tokens
+        return [Part(self.work, split, i, tuple(members), longest) for i, members in enumerate(grouped)]
+
+    def _leave_out_duplicates(self, parts: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]]:
+        """The first of equal documents is kept; held-out files come first, so that none of theirs is trained on."""
+        everything = [*held, *parts]
+        groups = [tuple(part.segments for part in group) for group in _group(everything)]
+        found, counts = find_duplicates(self.work / "duplicates", groups, self.workers)
+        marked = [
+            replace(part, duplicates=(found, i), n_duplicates=counts[i]) for i, part in enumerate(everything)
+        ]
+        return marked[len(held) :], marked[: len(held)]
 
     def _make_tokenizer(self, parts: list[Part], n_held_out: int) -> TextTokenizer:
         path = self.out / TOKENIZER_NAME
@@ -181,9 +248,8 @@ class Preparation:
             if self.given_tokenizer is not None:
                 tokenizer = self.given_tokenizer
             else:
-                n_bytes = sum(segment.n_bytes for part in parts for segment in part.segments)
                 n_documents = sum(part.n_documents for part in parts)
-                share = min(1.0, TOKENIZER_TEXT_BYTES / max(n_bytes, 1))
+                share = min(1.0, TOKENIZER_TEXT_BYTES / max(sum(part.n_bytes for part in parts), 1))
                 end = n_held_out + max(1, int((n_documents - n_held_out) * share))
                 with progress("training the tokenizer", end - n_held_out) as advance:
                     texts = _texts(parts, n_held_out, end)
@@ -195,88 +261,55 @@ class Preparation:
         return TextTokenizer.load(path)
 
     def _tokenise(self, parts: list[Part], tokenizer: TextTokenizer, dtype: str) -> None:
-        tasks: list[tuple[Part, ...]] = []
-        for part in parts:
-            first = part.segments[0]
-            # The middle of a compressed file is reached fastest by the process that read what comes before.
-            if tasks and first.input.is_compressed and any(first.offsets):
-                tasks[-1] = (*tasks[-1], part)
-            else:
-                tasks.append((part,))
-        n_bytes = sum(segment.n_bytes for part in parts for segment in part.segments)
-        function = partial(_tokenise_task, tokenizer_path=self.out / TOKENIZER_NAME, dtype=dtype)
-        with progress("tokenising", n_bytes) as advance:
-            for amount in run_tasks(function, tasks, self.n_workers):
+        path = self.out / TOKENIZER_NAME
+        function = partial(_tokenise_task, tokenizer_path=path, sha256=tokenizer.sha256, dtype=dtype)
+        with progress("tokenising", sum(part.n_bytes for part in parts)) as advance:
+            for amount in self.workers.run(function, _group(parts)):
                 advance(amount)
 
-    def _write_shards(
-        self,
-        parts: list[Part],
-        held_parts: list[Part],
-        n_held_out: int,
-        n_documents: int,
-        tokenizer: TextTokenizer,
-        dtype: str,
-    ) -> Manifest:
-        itemsize = DTYPES[dtype].itemsize
-        n_tokens = sum(part_totals(part)["n_tokens"] for part in parts)
-        n_bytes = itemsize * n_tokens
-        n_train = n_documents - n_held_out
-        longest = self.recipe.max_document_tokens or n_tokens
-        n_samples = max(n_train, n_tokens // max(1, longest) * n_train // max(1, n_documents))
-        n_shards = self.recipe.n_shards or default_shards(n_bytes, n_train, n_samples)
-        tasks = [
-            (task, tuple(parts)) for task in self._shard_tasks("train", n_shards, n_held_out, n_documents)
-        ]
-        n_held = sum(part.n_documents for part in held_parts) or n_held_out
-        if n_held:
-            n_eval_bytes = n_bytes * n_held_out // n_documents
-            if held_parts:
-                n_eval_bytes = itemsize * sum(part_totals(part)["n_tokens"] for part in held_parts)
-            n_eval_shards = min(n_held, 1 + n_eval_bytes // SHARD_BYTES)
-            eval_tasks = self._shard_tasks("eval", n_eval_shards, 0, n_held)
-            tasks += [(task, tuple(held_parts or parts)) for task in eval_tasks]
-        function = partial(_shard_task, kind=self.recipe.kind, dtype=dtype)
-        with progress("writing shards", len(tasks)) as advance:
-            finished = dict(count_with(run_tasks(function, tasks, self.n_workers), advance, lambda _: 1))
-        shards = [finished[task.file] for task, _ in tasks]
-        return Manifest(
-            root=self.out,
-            kind=self.recipe.kind,
-            train=tuple(shards[:n_shards]),
-            eval=tuple(shards[n_shards:]),
-            tokenizer_sha256=sha256_of(self.out / TOKENIZER_NAME),
-            vocab_size=tokenizer.vocab_size,
-            token_dtype=dtype,
-        )
-
-    def _shard_tasks(self, split: str, n_shards: int, first: int, end: int) -> list[ShardTask]:
+    def _shard_tasks(
+        self, split: Split, parts: list[Part], first: int, end: int, dtype: str
+    ) -> list[ShardTask]:
+        """The shards of a split that hold the documents at the places from `first` to `end` of these parts."""
+        if first == end:
+            return []
+        n_shards = self._count_shards(split, parts, end - first, dtype)
         bounds = [first + (end - first) * i // n_shards for i in range(n_shards + 1)]
         return [
-            ShardTask(
-                self.out, self.work, "train" if split == "train" else "eval", i, bounds[i], bounds[i + 1]
-            )
+            ShardTask(self.out, self.work, split, i, bounds[i], bounds[i + 1], parts[0].split, len(parts))
             for i in range(n_shards)
         ]
 
+    def _write_shards(
+        self, tasks: list[ShardTask], tokenizer: TextTokenizer, dtype: str
+    ) -> dict[Split, tuple[ShardInfo, ...]]:
+        path = self.out / TOKENIZER_NAME
+        function = partial(
+            _shard_task, kind=self.recipe.kind, tokenizer_path=path, sha256=tokenizer.sha256, dtype=dtype
+        )
+        with progress("writing shards", len(tasks)) as advance:
+            finished = dict(count_with(self.workers.run(function, tasks), advance, lambda _: 1))
+        return {
+            split: tuple(finished[task.file] for task in tasks if task.split == split) for split in SPLITS
+        }
 
-def default_shards(n_bytes: int, n_documents: int, n_samples: int) -> int:
-    """A number of shards with many divisors: about 64 MB each, at least 24, and 96 where there are samples for it.
+    def _count_shards(self, split: Split, parts: list[Part], n_chosen: int, dtype: str) -> int:
+        n_documents = sum(part.n_documents for part in parts)
+        n_tokens = sum(part.files.totals()["n_tokens"] for part in parts)
+        n_bytes = dtype_of(dtype).itemsize * n_tokens
+        if split == "eval":
+            return min(n_chosen, 1 + n_bytes * n_chosen // n_documents // SHARD_BYTES)
+        if self.recipe.n_shards is not None:
+            return self.share.of(self.recipe.n_shards)
+        longest = n_tokens if self.recipe.raw else self.recipe.max_document_tokens or n_tokens
+        n_samples = max(n_chosen, n_tokens // max(1, longest) * n_chosen // max(1, n_documents))
+        if self.share.n_shards is not None:
+            fitting = min(n_samples // MIN_SAMPLES_PER_SHARD, n_chosen // 2)
+            return max(1, min(self.share.of(self.share.n_shards), fitting))
+        return default_shards(n_bytes, n_chosen, n_samples)
 
-    At least 8 samples in each; of a few long documents (books) that are split, 2 are enough for a shard.
-    """
-    # 96 serve 16 GPUs with 2 loader workers each; shards of under 1,000 samples would pack less well.
-    by_samples = min(ENOUGH_SHARDS, n_samples // 1000)
-    wanted = max(MIN_SHARDS, by_samples, -(-n_bytes // SHARD_BYTES))
-    fitting = [
-        count
-        for count in LANE_COUNTS
-        if count == 1 or (count * MIN_SAMPLES_PER_SHARD <= n_samples and count * 2 <= n_documents)
-    ]
-    return next((count for count in fitting if count >= wanted), fitting[-1])
 
-
-def _check_inputs(inputs: list[Input], held: list[Input]) -> None:
+def check_inputs(inputs: Sequence[Input], held: Sequence[Input]) -> None:
     """Refuse missing files and files given twice, before anything is read."""
     seen: set[Path] = set()
     if not inputs:
@@ -293,22 +326,48 @@ def _check_inputs(inputs: list[Input], held: list[Input]) -> None:
             seen.add(resolved)
 
 
-def _load_given(path: Path) -> TextTokenizer:
+def load_given(path: Path) -> TextTokenizer:
+    """A tokenizer that batches can use.
+
+    Raises:
+        DataError: it cannot be read, or padding is not 0 or end of sequence not 1.
+    """
     tokenizer = TextTokenizer.load(path)
     if (tokenizer.pad_id, tokenizer.eos_id) != (0, 1):
         raise DataError(
             f"{path} has padding={tokenizer.pad_id} and end-of-sequence={tokenizer.eos_id}: batches need "
-            "ids 0 and 1 (as T5's "
-            "tokenizers have); train one with --vocab-size instead"
+            "ids 0 and 1 (as T5's tokenizers have); train one with --vocab-size instead"
         )
     return tokenizer
 
 
+def _number(parts: list[Part], shuffle: Shuffle | None) -> list[Part]:
+    before = accumulate((part.n_documents for part in parts), initial=0)
+    return [
+        replace(part, first_document=first, shuffle=shuffle)
+        for part, first in zip(parts, before, strict=False)
+    ]
+
+
+def _group(parts: list[Part]) -> list[tuple[Part, ...]]:
+    """Parts that one process should read one after the other."""
+    groups: list[tuple[Part, ...]] = []
+    for part in parts:
+        first = part.segments[0]
+        # The middle of a compressed file is reached fastest by the process that read what comes before.
+        if groups and first.input.is_compressed and first.number:
+            groups[-1] = (*groups[-1], part)
+        else:
+            groups.append((part,))
+    return groups
+
+
 def _texts(parts: list[Part], first_place: int, end_place: int) -> Iterator[str]:
     """The texts of the documents in a range of places: a random sample, since places are shuffled."""
+    reader = DocumentReader()
     for part in parts:
         chosen = (part.places() >= first_place) & (part.places() < end_place)
-        for is_chosen, document in zip(chosen, read_documents(part.segments), strict=True):
+        for is_chosen, document in zip(chosen, part.documents(reader), strict=True):
             if is_chosen:
                 yield from document
 
@@ -317,9 +376,18 @@ def _scan_task(task: tuple[int, Input]) -> tuple[int, Scan]:
     return task[0], scan(task[1])
 
 
-def _tokenise_task(parts: tuple[Part, ...], tokenizer_path: Path, dtype: str) -> int:
-    return tokenise_parts(parts, TextTokenizer.load(tokenizer_path), dtype)
+@lru_cache(maxsize=1)
+def _load_tokenizer(path: Path, sha256: str) -> TextTokenizer:
+    """Loaded once a process; the digest tells one tokenizer from the next at the same path."""
+    del sha256
+    return TextTokenizer.load(path)
 
 
-def _shard_task(task: tuple[ShardTask, tuple[Part, ...]], kind: Kind, dtype: str) -> tuple[str, ShardInfo]:
-    return task[0].file, build_shard(task[0], task[1], kind, dtype)
+def _tokenise_task(parts: tuple[Part, ...], tokenizer_path: Path, sha256: str, dtype: str) -> int:
+    return tokenise_parts(parts, _load_tokenizer(tokenizer_path, sha256), dtype)
+
+
+def _shard_task(
+    task: ShardTask, kind: Kind, tokenizer_path: Path, sha256: str, dtype: str
+) -> tuple[str, ShardInfo]:
+    return task.file, build_shard(task, kind, dtype, _load_tokenizer(tokenizer_path, sha256))

@@ -13,27 +13,12 @@ from typing import Any
 
 import pytest
 
-from dist_transformer.data.manifest import Manifest, load_manifest
-from dist_transformer.data.preparation import default_shards
+from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.prepare import prepare_pairs, prepare_text
-from dist_transformer.data.shards import read_shard
-from dist_transformer.data.tokenizer import TextTokenizer
+from dist_transformer.data.shares import default_shards
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import sentences
-
-
-def texts_of(manifest: Manifest, split: str) -> list[tuple[str, ...]]:
-    tokenizer = TextTokenizer.load(manifest.tokenizer_path)
-    shards = manifest.train if split == "train" else manifest.eval
-    return [
-        tuple(tokenizer.decode(tokens) for tokens in sample)
-        for shard in shards
-        for sample in read_shard(manifest.root / shard.file, manifest.kind, manifest.dtype)
-    ]
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from tests.unit.data.prepared import OPTIONS, content_of, texts_of, write_pairs
 
 
 @pytest.fixture
@@ -41,9 +26,6 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "in.txt"
     path.write_text("\n".join(f"{i} {line}" for i, line in enumerate(sentences(500))) + "\n")
     return path
-
-
-OPTIONS: dict[str, Any] = {"vocab_size": 500, "workers": 1}
 
 
 def test_every_document_once(text_file: Path, tmp_path: Path) -> None:
@@ -78,7 +60,7 @@ def test_units_line_ends_and_empty_documents(tmp_path: Path) -> None:
     for unit, (documents, n_empty) in expected.items():
         summary = prepare_text([path], tmp_path / unit, documents=unit, held_out=0, **OPTIONS)  # type: ignore[arg-type]
         assert sorted(t for (t,) in texts_of(load_manifest(tmp_path / unit), "train")) == sorted(documents)
-        assert (summary.n_empty, summary.n_shards, summary.n_eval_samples) == (n_empty, 1, 0)
+        assert (summary.counts["n_empty"], summary.n_shards, summary.n_eval_samples) == (n_empty, 1, 0)
 
 
 def test_long_documents_become_consecutive_samples(tmp_path: Path) -> None:
@@ -87,7 +69,7 @@ def test_long_documents_become_consecutive_samples(tmp_path: Path) -> None:
     summary = prepare_text(
         [path], tmp_path / "out", held_out=0, max_document_tokens=50, n_shards=1, **OPTIONS
     )
-    assert summary.n_split == 1
+    assert summary.counts["n_split"] == 1
     samples = "".join(text for (text,) in texts_of(load_manifest(tmp_path / "out"), "train"))
     assert " ".join(sentences(60)) in samples
 
@@ -104,20 +86,13 @@ def test_compressed_files_give_the_same(text_file: Path, tmp_path: Path) -> None
         prepare_text([packed], tmp_path / "damaged", **OPTIONS)
 
 
-def write_pairs(folder: Path, n: int = 300) -> tuple[Path, Path]:
-    source, target = folder / "a.en", folder / "a.de"
-    source.write_text("".join(f"{line} {i}\n" for i, line in enumerate(sentences(n))))
-    target.write_text("".join(f"{i} {line}\n" for i, line in enumerate(sentences(n, seed=1))))
-    return source, target
-
-
 def test_pairs_stay_together(tmp_path: Path) -> None:
     source, target = write_pairs(tmp_path)
     with source.open("a") as s, target.open("a") as t:
         s.write("\nnot empty\n")
         t.write("not empty\n  \n")
-    summary = prepare_pairs(source, target, tmp_path / "out", **OPTIONS)
-    assert (summary.n_empty, summary.n_samples, summary.n_eval_samples) == (2, 297, 3)
+    summary = prepare_pairs([(source, target)], tmp_path / "out", **OPTIONS)
+    assert (summary.counts["n_empty"], summary.n_samples, summary.n_eval_samples) == (2, 297, 3)
     manifest = load_manifest(tmp_path / "out")
     found = texts_of(manifest, "train") + texts_of(manifest, "eval")
     pairs = zip(source.read_text().split("\n"), target.read_text().split("\n"), strict=True)
@@ -128,9 +103,9 @@ def test_held_out_files_and_a_given_tokenizer(tmp_path: Path) -> None:
     source, target = write_pairs(tmp_path)
     (tmp_path / "held").mkdir()
     held = write_pairs(tmp_path / "held", 30)
-    prepare_pairs(source, target, tmp_path / "one", **OPTIONS)
+    prepare_pairs([(source, target)], tmp_path / "one", **OPTIONS)
     prepare_pairs(
-        source, target, tmp_path / "two", eval_source=held[0], eval_target=held[1],
+        [(source, target)], tmp_path / "two", eval_files=[held],
         tokenizer=tmp_path / "one" / "tokenizer.json", workers=1,
     )  # fmt: skip
     manifest = load_manifest(tmp_path / "two")
@@ -145,13 +120,13 @@ def test_inputs_that_are_refused_before_anything_is_written(text_file: Path, tmp
     with target.open("a") as file:
         file.write("one more\nand another\n")
     with pytest.raises(DataError, match=r"a.en has 30 lines but .*a.de has 32: line i of one"):
-        prepare_pairs(source, target, out, **OPTIONS)
+        prepare_pairs([(source, target)], out, **OPTIONS)
     with pytest.raises(DataError, match=r"a.de has 32 lines but .*a.en has 30"):
-        prepare_pairs(target, source, out, **OPTIONS)
+        prepare_pairs([(target, source)], out, **OPTIONS)
     with pytest.raises(DataError, match="was given twice"):
         prepare_text([text_file, text_file.parent / "." / text_file.name], out, **OPTIONS)
     with pytest.raises(DataError, match="was given twice"):
-        prepare_pairs(source, source, out, **OPTIONS)
+        prepare_pairs([(source, source)], out, **OPTIONS)
     with pytest.raises(DataError, match=r"nothing.txt does not exist"):
         prepare_text([tmp_path / "nothing.txt"], out, **OPTIONS)
     with pytest.raises(DataError, match="is a folder"):
@@ -168,8 +143,6 @@ def test_inputs_that_are_refused_before_anything_is_written(text_file: Path, tmp
         prepare_text([text_file], out, n_shards=600, **OPTIONS)
     with pytest.raises(DataError, match="exclude each other"):
         prepare_text([text_file], out, eval_files=[source], held_out=5, **OPTIONS)
-    with pytest.raises(DataError, match="belong together"):
-        prepare_pairs(source, target, out, eval_source=text_file, **OPTIONS)
     assert not out.exists()
 
 
@@ -283,12 +256,13 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import os, time
-        from dist_transformer.data.pool import run_tasks
+        from dist_transformer.data.pool import Workers
         def task(seconds):
             print(os.getpid(), flush=True)
             time.sleep(seconds)
         if __name__ == "__main__":
-            list(run_tasks(task, [60, 60], 2))
+            with Workers(2) as workers:
+                list(workers.run(task, [60, 60]))
         """)
     )
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
