@@ -4,12 +4,14 @@ from dist_transformer.config.data import CorpusConfig, DataConfig
 from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
 from dist_transformer.config.model import ModelConfig, StackConfig
 from dist_transformer.config.schema import (
+    AlertConfig,
     CheckpointConfig,
     Config,
     EvaluateConfig,
     GenerateConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RecomputeConfig,
     RunConfig,
     TrackingConfig,
@@ -18,6 +20,7 @@ from dist_transformer.config.schema import (
 )
 
 __all__ = [
+    "AlertConfig",
     "CheckpointConfig",
     "Config",
     "CorpusConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RecomputeConfig",
     "RunConfig",
     "StackConfig",

@@ -189,15 +189,55 @@ class WandbConfig(Section):
     """Tags of the run."""
 
 
+class AlertConfig(Section):
+    """When a run asks to be looked at: a row of `event: alert`, a line on the screen, a message of the dashboard."""
+
+    loss_band: NonNegativeFloat = 6.0
+    """Divergence: training loss above its running median by so many of its usual deviations; 0: never."""
+    throughput_drop_pct: float = Field(default=40.0, ge=0, lt=100)
+    """Tokens a second below their running median by so many percent; 0: never."""
+    patience: PositiveInt = 3
+    """Rows in a row that must be so before either is told."""
+    stall_s: NonNegativeFloat = 900.0
+    """Seconds without the end of a step; 0: never. Must be longer than an evaluation and a checkpoint take."""
+    disk_free_gib: NonNegativeFloat = 5.0
+    """Less free space where the run directory is; 0: never."""
+
+
 class TrackingConfig(Section):
     """What is logged, how often, and where to."""
 
     every: PositiveInt = 10
     """Steps between lines in `metrics.jsonl` and on the screen."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device, for MFU; null: a GPU's from a table of data sheets, a CPU's measured with matrix products."""
+    alerts: AlertConfig = AlertConfig()
+    """When the run asks to be looked at."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory too."""
+    sinks: tuple[str, ...] = ()
+    """Further dashboards by name: entry points of the group `dist_transformer.sinks` (docs/tracking.md)."""
+
+
+class ProfileConfig(Section):
+    """Where a step's time and memory go: a trace for https://ui.perfetto.dev and tables in `RUN_DIR/profile/`."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step that are traced, as `[10, 13]`; null: none."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write a trace."""
+    memory_snapshot: bool = False
+    """Keep a history of the GPU's allocations and write it when memory runs out, for https://pytorch.org/memory_viz."""
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(
+                f"profile.steps={list(self.steps)} must be the first and the last step, in this order"
+            )
+        return self
 
 
 class Config(Section):
@@ -214,6 +254,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed keys, merged into the configuration built from the fields above."""
 
