@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from dist_transformer.config.base import Section
 from dist_transformer.config.data import DataConfig
+from dist_transformer.config.faults import FaultsConfig
 from dist_transformer.config.model import ModelConfig
 
 OWNED_DEEPSPEED_KEYS = {
@@ -122,13 +123,19 @@ class ParallelConfig(Section):
         return self
 
 
+RecomputePolicy = Literal["none", "full", "every_n", "selective"]
+
+
 class RecomputeConfig(Section):
     """Activation checkpointing, each stack by itself."""
 
-    encoder: Literal["none", "full"] = "none"
-    """full: keep only each layer's input and compute the layer again in the backward pass."""
-    decoder: Literal["none", "full"] = "none"
+    encoder: RecomputePolicy = "none"
+    """full: keep each layer's input and compute the layer again in the backward pass; every_n: every `every`-th layer;
+    selective: keep products with weights too, and compute scores, norms and activations again."""
+    decoder: RecomputePolicy = "none"
     """As `encoder`, for the decoder."""
+    every: PositiveInt = 2
+    """With every_n: one layer in so many is recomputed, from the first on."""
 
 
 class CheckpointConfig(Section):
@@ -253,6 +260,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
+    faults: FaultsConfig = FaultsConfig()
     tracking: TrackingConfig = TrackingConfig()
     profile: ProfileConfig = ProfileConfig()
     deepspeed: dict[str, Any] = {}

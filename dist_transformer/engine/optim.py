@@ -47,7 +47,9 @@ def _decay_groups(
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
-        is_matrix = parameter.dim() > 1 and not name.endswith(("relative_bias.weight", "learned.weight"))
+        # ZeRO 3 leaves a flat part of a parameter, and its shape beside.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        is_matrix = len(shape) > 1 and not name.endswith(("relative_bias.weight", "learned.weight"))
         (decayed if is_matrix else plain).append(parameter)
     if not weight_decay:
         return [{"params": decayed + plain, "weight_decay": 0.0}]

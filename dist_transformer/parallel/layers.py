@@ -46,7 +46,7 @@ class ColumnLinear(nn.Module):
     def __init__(self, whole: nn.Linear, tp: TensorParallel, rows: slice | None = None) -> None:
         super().__init__()
         self.rows = rows
-        self.weight: nn.Parameter = whole.weight
+        self.weight = cast("nn.Parameter", whole.weight)
         self.bias: nn.Parameter | None = whole.bias
         if rows is None:
             self.weight = cut_parameter(whole.weight, 0, tp)
@@ -57,7 +57,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to this rank's outputs [B, T, F/tp]."""
-        return F.linear(x_BTD, *_own(self.weight, self.bias, self.rows))
+        return _linear(x_BTD, self.weight, self.bias, self.rows)
 
 
 class ColumnProject(nn.Module):
@@ -92,7 +92,7 @@ class _ColumnProject(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         whole = start_gather(x, tp)() if tp.sequence else x
         return tuple(
-            F.linear(whole, *_own(cast("Tensor", weight), bias, part))
+            _linear(whole, cast("Tensor", weight), bias, part)
             for part, weight, bias in zip(rows, weights, biases, strict=True)
         )
 
@@ -103,9 +103,9 @@ class _ColumnProject(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         gathering = start_gather(x, tp) if tp.sequence else None
         d_flat = [d_output.flatten(0, 1) for d_output in d_outputs]
-        d_x = d_flat[0] @ _own(weights[0], None, rows[0])[0]
+        d_x = d_flat[0] @ _own(weights[0], rows[0])
         for part, weight, d_output in zip(rows[1:], weights[1:], d_flat[1:], strict=True):
-            d_x.addmm_(d_output, _own(weight, None, part)[0])
+            d_x.addmm_(d_output, _own(weight, part))
         d_x = d_x.view(*d_outputs[0].shape[:2], -1)
         whole = x if gathering is None else gathering()
         # Underway while the weights' gradients are computed.
@@ -119,11 +119,15 @@ class _ColumnProject(torch.autograd.Function):
         return None, None, adding(), *d_weights, *d_biases
 
 
-def _own(weight: Tensor, bias: Tensor | None, rows: slice | None) -> tuple[Tensor, Tensor | None]:
-    """The rows that this rank computes. Themselves where it has no others: a view would keep what ZeRO 3 gathers."""
-    if rows is None:
-        return weight, bias
-    return weight[rows], None if bias is None else bias[rows]
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
+    """Product, then bias, out of place: selective recomputation keeps the product."""
+    y = F.linear(x, _own(weight, rows))
+    return y if bias is None else y + _own(bias, rows)
+
+
+def _own(parameter: Tensor, rows: slice | None) -> Tensor:
+    """The rows that this rank computes. The parameter itself where it has no others: ZeRO 3 can then free it."""
+    return parameter if rows is None else parameter[rows]
 
 
 def _in_rows(part: Tensor, rows: slice | None, n_rows: int) -> Tensor:

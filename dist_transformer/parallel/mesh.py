@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_transformer.config.layout import data_parallel_size
 from dist_transformer.errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -89,19 +90,6 @@ def _check_rendezvous() -> None:
             f"srun started {os.environ['SLURM_NTASKS']} tasks, but MASTER_ADDR is not set, so that they cannot meet: "
             f"export MASTER_ADDR (the first node's name) and MASTER_PORT in the batch script, or use slurm/train.sbatch"
         )
-
-
-def data_parallel_size(world_size: int, tp_degree: int) -> int:
-    """How many replicas of the model the world holds.
-
-    Raises:
-        ConfigError: if the world cannot be divided so.
-    """
-    if world_size % tp_degree:
-        raise ConfigError(
-            f"parallel.tp_degree={tp_degree} does not divide the {world_size} ranks of this run"
-        )
-    return world_size // tp_degree
 
 
 @contextmanager

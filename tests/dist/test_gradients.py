@@ -1,4 +1,4 @@
-"""One step's gradients and update are the same however it is split: ranks, micro-steps, packing, recomputation, ZeRO."""
+"""One step's gradients and update are the same however it is split: ranks, micro-steps, packing, recomputing, ZeRO."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
