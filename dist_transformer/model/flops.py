@@ -7,7 +7,7 @@ padding, whole rows of scores under a mask, and everything that is computed twic
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -117,22 +117,24 @@ def hardware_flops(
 
     Args:
         work: what is executed, `executed_work` for dense kernels.
-        recompute: layers that keep only their inputs run forward a second time.
+        recompute: layers that keep only their inputs run forward a second time; selective layers only their attention.
         fused_attention: the kernel forgets the scores and computes them again (flash and memory-efficient attention).
     """
     forward = forward_flops(model, work)
     encoder, decoder = model.stack("encoder"), model.stack("decoder")
     source_attention = _attention(encoder, work.source_pairs)
+    target_attention = _attention(decoder, work.target_pairs + work.cross_pairs)
     again = 0.5 * forward.attention if fused_attention else 0.0
-    again += _recomputed_share(recompute.encoder) * (forward.encoder + source_attention)
-    again += _recomputed_share(recompute.decoder) * (
-        forward.decoder + _attention(decoder, work.target_pairs + work.cross_pairs)
-    )
+    for policy, stack, weights, attention in (
+        (recompute.encoder, encoder, forward.encoder, source_attention),
+        (recompute.decoder, decoder, forward.decoder, target_attention),
+    ):
+        if policy == "selective":
+            again += attention
+        elif policy != "none":
+            every = recompute.every if policy == "every_n" else 1
+            again += (weights + attention) * -(-stack.n_layers // every) / max(1, stack.n_layers)
     return 3.0 * forward.total + again
-
-
-def _recomputed_share(policy: Literal["none", "full"]) -> float:
-    return {"none": 0.0, "full": 1.0}[policy]
 
 
 def _encoder_weights(model: ModelConfig, stack: StackConfig) -> int:

@@ -84,6 +84,11 @@ class MetricsLog:
         return [line for feed in self._feeds if (line := feed.sink.where())]
 
     @property
+    def n_restarts(self) -> int:
+        """How often the run was started before."""
+        return self._restarts
+
+    @property
     def stop_requested(self) -> bool:
         """Whether somebody pressed a dashboard's stop button."""
         return any(feed.sink.stop_requested for feed in self._feeds)

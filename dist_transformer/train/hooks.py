@@ -1,12 +1,9 @@
 """Side work of the loop, each with its own cadence: logging, evaluation, checkpoints."""
 
-import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from dist_transformer.checkpoints.folder import TrainerState
 from dist_transformer.config import Config
@@ -14,10 +11,9 @@ from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.engine import Engine, StepResult
 from dist_transformer.engine.saving import SaveOutcome, Saver
 from dist_transformer.errors import CheckpointError
-from dist_transformer.parallel.collectives import sum_over_data_parallel
+from dist_transformer.model.flops import Work
 from dist_transformer.tracking import Console, MetricsLog
 from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
-from dist_transformer.train.faults import BadSteps
 
 
 @dataclass
@@ -27,9 +23,12 @@ class StepTotals:
     n_source_tokens: int
     n_target_tokens: int
     n_pairs: int
-    n_positions: int
     n_truncated: int
     n_dropped: int
+    useful: Work
+    """Real tokens, and each sample's own pairs."""
+    executed: Work
+    """Positions and pairs of whole rows."""
     fingerprint: int | None = None
 
 
@@ -58,75 +57,20 @@ class Outlets:
         if self.console is not None:
             self.console.message(text)
 
-    def alert(self, step: int, text: str) -> None:
-        """Something that should be looked at."""
+    def alert(self, step: int, text: str, kind: str = "run") -> None:
+        """Something that should be looked at; `kind` is a word that tools filter by."""
         if self.log is not None:
-            self.log.log("alert", step, {"alert/text": text})
+            self.log.log("alert", step, {"alert/kind": kind, "alert/text": text})
         self.message(f"alert: {text}")
 
 
 class Hook(Protocol):
     """Called on every rank after every update; does its work when its turn has come."""
 
+    account: str
+    """Where its time goes, one of `tracking.accounts.ACCOUNTS`."""
+
     def after_step(self, report: StepReport) -> None: ...
-
-
-@dataclass
-class LogHook:
-    """Every `tracking.every` steps: a row in `metrics.jsonl` and a line on the screen.
-
-    The loss is that step's, over the global batch; speeds are over all steps since the last row.
-    """
-
-    config: Config
-    engine: Engine
-    state: TrainerState
-    bad_steps: BadSteps
-    outlets: Outlets
-    _since: list[StepReport] = field(default_factory=list)
-
-    def after_step(self, report: StepReport) -> None:
-        """Record the step; write a row when it is time."""
-        self._since.append(report)
-        if not report.result.applied:
-            self.outlets.alert(report.step, f"update {report.step} skipped: loss or gradient not finite")
-        if report.step % self.config.tracking.every == 0 or report.is_last or report.step == 1:
-            self._write(report)
-            self._since.clear()
-
-    def _write(self, report: StepReport) -> None:
-        objective, cross_entropy, n_correct = sum_over_data_parallel(
-            report.result.sums.double(), self.engine.mesh
-        ).tolist()
-        if self.outlets.log is None:
-            return
-        n_targets = max(1, report.totals.n_target_tokens)
-        seconds = sum(r.step_time_s for r in self._since)
-        n_tokens = sum(r.totals.n_source_tokens + r.totals.n_target_tokens for r in self._since)
-        n_positions = sum(r.totals.n_positions for r in self._since)
-        values: dict[str, float | int | str] = {
-            "trainer/tokens_seen": self.state.tokens_seen,
-            "train/loss": cross_entropy / n_targets,
-            "train/objective": objective / n_targets,
-            "train/accuracy": n_correct / n_targets,
-            "train/lr": report.result.learning_rate,
-            "train/grad_norm": report.result.grad_norm,
-            "train/bad_steps": self.bad_steps.total,
-            "train/target_tokens": report.totals.n_target_tokens,
-            "train/pairs": report.totals.n_pairs,
-            "data/truncated": self.state.n_truncated,
-            "data/dropped": self.state.n_dropped,
-            "perf/tokens_per_sec": n_tokens / max(seconds, 1e-9),
-            "perf/padding_pct": 100.0 * (1.0 - n_tokens / max(1, n_positions)),
-            "perf/step_time_s": seconds / len(self._since),
-            "perf/data_time_s": sum(r.data_time_s for r in self._since) / len(self._since),
-            "memory/max_allocated_gib": _max_memory_gib(self.engine.mesh.device),
-        }
-        if report.totals.fingerprint is not None:
-            values["data/fingerprint"] = f"{report.totals.fingerprint:016x}"
-        self.outlets.log.log("train", report.step, values)
-        if self.outlets.console is not None:
-            self.outlets.console.train(report.step, values)
 
 
 @dataclass
@@ -138,6 +82,7 @@ class EvaluateHook:
     tokenizer: TextTokenizer
     state: TrainerState
     outlets: Outlets
+    account = "evaluation"
 
     def after_step(self, report: StepReport) -> None:
         """Evaluate when it is time."""
@@ -174,6 +119,7 @@ class CheckpointHook:
     engine: Engine
     state: TrainerState
     outlets: Outlets
+    account = "checkpoint"
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine)
@@ -208,7 +154,7 @@ class CheckpointHook:
 
     def _record(self, step: int, outcome: SaveOutcome) -> None:
         if outcome.error is not None:
-            self.outlets.alert(step, outcome.error)
+            self.outlets.alert(step, outcome.error, kind="checkpoint")
         elif self.outlets.log is not None:
             values = {
                 "checkpoint/step": outcome.step,
@@ -237,18 +183,10 @@ def _one_line(text: str) -> str:
     return "⏎".join(text.splitlines())
 
 
-def _max_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the GPU's allocator, or of this process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 __all__ = [
     "CheckpointHook",
     "EvaluateHook",
     "Hook",
-    "LogHook",
     "Outlets",
     "StepReport",
     "StepTotals",

@@ -9,13 +9,14 @@ import torch
 
 from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
+from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
-from dist_transformer.engine.deepspeed_config import grad_accum_steps
 from dist_transformer.engine.engine import Engine
 from dist_transformer.errors import ConfigError, UserError
+from dist_transformer.model.flops import Work, executed_work, useful_work
 from dist_transformer.parallel.collectives import (
     barrier,
     gather_objects,
@@ -24,16 +25,18 @@ from dist_transformer.parallel.collectives import (
 )
 from dist_transformer.parallel.mesh import Mesh, open_mesh
 from dist_transformer.tracking import Console, MetricsLog, build_sinks
+from dist_transformer.tracking.accounts import TimeAccounts
+from dist_transformer.train.collective_clock import time_collectives
 from dist_transformer.train.faults import BadSteps, StopSignals
 from dist_transformer.train.hooks import (
     CheckpointHook,
     EvaluateHook,
     Hook,
-    LogHook,
     Outlets,
     StepReport,
     StepTotals,
 )
+from dist_transformer.train.log_hook import LogHook
 from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
 
 
@@ -43,14 +46,14 @@ def train(config: Config) -> None:
     Raises:
         UserError: for everything that a person can mend, on every rank, before the first step where possible.
     """
-    signals = StopSignals()
-    with open_mesh(config.parallel.tp_degree) as mesh:
+    signals, accounts = StopSignals(), TimeAccounts()
+    with time_collectives(accounts), open_mesh(config.parallel.tp_degree) as mesh:
         config, tokenizer = prepare_run(config, mesh)
         checkpoint = find_checkpoint(config, mesh)
         outlets = _open_outlets(config, mesh, read_trainer_state(checkpoint).step if checkpoint else 0)
         exit_code = 1
         try:
-            Trainer(config, mesh, tokenizer, outlets, signals, checkpoint).run()
+            Trainer(config, mesh, tokenizer, outlets, signals, checkpoint, accounts).run()
             exit_code = 0
         finally:
             stopped = signals.received is not None
@@ -74,8 +77,10 @@ class Trainer:
         outlets: Outlets,
         signals: StopSignals,
         checkpoint: Path | None,
+        accounts: TimeAccounts,
     ) -> None:
         self.config, self.mesh, self.outlets, self.signals = config, mesh, outlets, signals
+        self.accounts = accounts
         self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
         self.state = TrainerState() if checkpoint is None else load_checkpoint(self.engine, checkpoint)
         self.bad_steps = BadSteps(config.train.max_bad_steps, self.state.n_bad_steps)
@@ -92,7 +97,7 @@ class Trainer:
         )
         self.saving = CheckpointHook(config, self.engine, self.state, outlets)
         self.hooks: list[Hook] = [
-            LogHook(config, self.engine, self.state, self.bad_steps, outlets),
+            LogHook(config, self.engine, self.state, self.bad_steps, outlets, accounts),
             *([self.evaluation] if self.evaluation else []),
             self.saving,
         ]
@@ -113,12 +118,14 @@ class Trainer:
 
     def _run(self) -> None:
         if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
-            self.evaluation.run(0)
+            with self.accounts.spend("evaluation"):
+                self.evaluation.run(0)
         batches = self._global_batches()
         while self.state.step < self.config.train.steps:
             report = self._step(batches)
             for hook in self.hooks:
-                hook.after_step(report)
+                with self.accounts.spend(hook.account):
+                    hook.after_step(report)
             self.bad_steps.check(report.step)
             if report.is_last and report.step < self.config.train.steps:
                 self.outlets.message(
@@ -129,10 +136,12 @@ class Trainer:
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
         step, start = self.state.step + 1, time.perf_counter()
-        micro_batches = next(batches)
+        with self.accounts.spend("input"):
+            micro_batches = next(batches)
         data_time_s = time.perf_counter() - start
-        totals, stop = self._agree(micro_batches)
-        result = self.engine.train_step(micro_batches, totals.n_target_tokens, step)
+        with self.accounts.spend("compute"):
+            totals, stop = self._agree(micro_batches)
+            result = self.engine.train_step(micro_batches, totals.n_target_tokens, step)
         for batch in micro_batches:
             self.stream.advance(batch)
         self.bad_steps.record(result.applied)
@@ -150,11 +159,13 @@ class Trainer:
         """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce a step."""
         wants_fingerprint = self.config.data.fingerprint
         hashes = sum(batch.fingerprint for batch in micro_batches) % 2**64
+        useful, executed = _work(micro_batches)
         local = [
+            *useful.as_tuple(),
+            *executed.as_tuple(),
             sum(batch.n_source_tokens for batch in micro_batches),
             sum(batch.n_target_tokens for batch in micro_batches),
             sum(batch.n_pairs for batch in micro_batches),
-            sum(batch.n_positions for batch in micro_batches),
             sum(batch.n_truncated for batch in micro_batches),
             sum(batch.n_dropped for batch in micro_batches),
             int(self._stop_requested()),
@@ -192,9 +203,20 @@ class Trainer:
             self.outlets.message(f"resuming after step {self.state.step:,} of {config.train.steps:,}")
 
 
+def _work(micro_batches: Sequence[Batch]) -> tuple[Work, Work]:
+    """What this rank's share of the step needs, and what is executed for it."""
+    useful, executed = Work(), Work()
+    for batch in micro_batches:
+        n_rows, source_len = batch.encoder_segment_ids.shape
+        useful += useful_work(batch.encoder_segment_ids, batch.decoder_segment_ids)
+        executed += executed_work(n_rows, source_len, batch.decoder_segment_ids.shape[1])
+    return useful, executed
+
+
 def _totals(counts: Sequence[int], combined: int | None) -> StepTotals:
-    n_source, n_target, n_pairs, n_positions, n_truncated, n_dropped = counts
-    return StepTotals(n_source, n_target, n_pairs, n_positions, n_truncated, n_dropped, combined)
+    useful, executed = Work(*counts[:5]), Work(*counts[5:10])
+    n_source, n_target, n_pairs, n_truncated, n_dropped = counts[10:]
+    return StepTotals(n_source, n_target, n_pairs, n_truncated, n_dropped, useful, executed, combined)
 
 
 def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
