@@ -25,3 +25,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or that belongs to another model or layout."""
+
+
+class LaunchError(UserError):
+    """A job that cannot be submitted, found or stopped."""
+
+
+class PreflightError(UserError):
+    """A node that is not fit to train."""

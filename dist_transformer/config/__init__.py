@@ -1,6 +1,7 @@
 """All configuration: classes, presets, loading. Imports no torch."""
 
 from dist_transformer.config.data import CorpusConfig, DataConfig
+from dist_transformer.config.faults import FaultsConfig
 from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
 from dist_transformer.config.model import ModelConfig, StackConfig
 from dist_transformer.config.schema import (
@@ -26,6 +27,7 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "EvaluateConfig",
+    "FaultsConfig",
     "GenerateConfig",
     "ModelConfig",
     "OptimizerConfig",

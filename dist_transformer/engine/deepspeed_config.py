@@ -5,8 +5,8 @@ from typing import Any
 import yaml
 
 from dist_transformer.config import Config, shipped_files
+from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.config.load import merge
-from dist_transformer.errors import ConfigError
 
 
 def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
@@ -56,28 +56,3 @@ def _stage_settings(config: Config) -> dict[str, Any]:
 def is_plain(config: Config) -> bool:
     """True where DeepSpeed runs the optimizer bare: no ZeRO, no master weights."""
     return config.parallel.zero_stage == 0 and config.train.precision == "fp32"
-
-
-def grad_accum_steps(config: Config, dp_size: int) -> int:
-    """Micro-steps of one update: global batch / (micro batch x data-parallel ranks).
-
-    Raises:
-        ConfigError: if it does not divide.
-    """
-    train = config.train
-    rows = train.micro_batch_size * dp_size
-    if train.global_batch_size % rows:
-        fits = [
-            n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % (n * dp_size) == 0
-        ]
-        near = sorted(sorted(fits, key=lambda n: abs(n - train.micro_batch_size))[:3])
-        hint = (
-            f"try train.micro_batch_size={' or '.join(map(str, near))}"
-            if near
-            else f"make train.global_batch_size a multiple of {dp_size}"
-        )
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {dp_size} data-parallel ranks: {hint}"
-        )
-    return train.global_batch_size // rows

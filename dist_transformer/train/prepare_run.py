@@ -8,11 +8,11 @@ from torch import Tensor
 from dist_transformer.checkpoints.folder import check_model, find_checkpoint_in, latest_checkpoint
 from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.config import Config, dump_config
+from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.check import check_data
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import check_checkpoint
-from dist_transformer.engine.deepspeed_config import grad_accum_steps
 from dist_transformer.errors import ConfigError, UserError
 from dist_transformer.parallel.collectives import raise_together
 from dist_transformer.parallel.mesh import Mesh

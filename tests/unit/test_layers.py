@@ -21,6 +21,7 @@ LAYERS = {
     "generate": 4,
     "train": 5,
     "interop": 5,
+    "launcher": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from dist_transformer.config import Config, build_config
-from dist_transformer.engine.deepspeed_config import build_deepspeed_config, grad_accum_steps, is_plain
+from dist_transformer.config.layout import grad_accum_steps
+from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
 from dist_transformer.errors import ConfigError
 
 

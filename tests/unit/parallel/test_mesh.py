@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from dist_transformer.config.layout import data_parallel_size
 from dist_transformer.errors import ConfigError
 from dist_transformer.parallel import mesh as mesh_module
-from dist_transformer.parallel.mesh import data_parallel_size, world_from_environment
+from dist_transformer.parallel.mesh import world_from_environment
 
 NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "MASTER_ADDR",

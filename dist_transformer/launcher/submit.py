@@ -1,0 +1,192 @@
+"""`submit`: a configuration and resources become a job that was checked before it waits in a queue."""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dist_transformer.config import Config, dump_config, shipped_files
+from dist_transformer.config.layout import data_parallel_size, grad_accum_steps
+from dist_transformer.data.manifest import load_manifest
+from dist_transformer.data.order import check_lanes
+from dist_transformer.errors import ConfigError, LaunchError
+from dist_transformer.launcher.jobs import record_jobs
+from dist_transformer.launcher.render import render
+from dist_transformer.launcher.slurm import run_slurm
+
+Template = Literal["train", "train_srun"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks of the cluster."""
+
+    nodes: int
+    gpus_per_node: int | None
+    """None: CPU nodes, or the template's own line."""
+    ranks_per_node: int | None
+    """None: one for each GPU."""
+    options: dict[str, str | None]
+    """Further options of sbatch: time, partition, account, qos, ..."""
+
+    @property
+    def n_ranks(self) -> int:
+        """Ranks of the job.
+
+        Raises:
+            ConfigError: neither GPUs nor ranks are given.
+        """
+        per_node = self.ranks_per_node or self.gpus_per_node
+        if per_node is None:
+            raise ConfigError(
+                "how many ranks has a node? give --gpus-per-node N, or --ranks-per-node N on CPU nodes"
+            )
+        return self.nodes * per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that is ready to be submitted."""
+
+    script: str
+    config: Config
+    resources: Resources
+    seeds: tuple[int, ...]
+    """One run for each, as an array of jobs; empty: one run."""
+    chain: int
+    """Jobs one after the other."""
+
+    def run_dirs(self) -> list[Path]:
+        """Where the runs will be."""
+        if not self.seeds:
+            return [Path(self.config.run.dir)]
+        return [Path(f"{self.config.run.dir}-seed{seed}") for seed in self.seeds]
+
+
+def plan_job(
+    config: Config,
+    resources: Resources,
+    *,
+    template: Template = "train",
+    seeds: Sequence[int] = (),
+    chain: int = 1,
+) -> Plan:
+    """Check that the run fits the resources, and render its batch script. Touches nothing.
+
+    Raises:
+        ConfigError: ranks, layout and batch sizes do not fit together.
+        DataError: the shards are here and do not fit the ranks.
+        LaunchError: chain and seeds exclude each other.
+    """
+    if seeds and chain > 1:
+        raise LaunchError(
+            "--chain and --seeds exclude each other: a chain goes on with one run, seeds are many"
+        )
+    dp_size = data_parallel_size(resources.n_ranks, config.parallel.tp_degree)
+    grad_accum_steps(config, dp_size)
+    _check_data(config, dp_size)
+    run_dir = Path(config.run.dir)
+    options: dict[str, str | None] = {
+        "nodes": str(resources.nodes),
+        "job-name": run_dir.name,
+        "output": f"{run_dir.absolute()}/slurm-%{'A_%a' if seeds else 'j'}.log",
+    }
+    if template == "train_srun":
+        options["ntasks-per-node"] = str(resources.n_ranks // resources.nodes)
+    if resources.gpus_per_node is not None:
+        options["gpus-per-node"] = str(resources.gpus_per_node)
+    if seeds:
+        options["array"] = ",".join(map(str, seeds))
+    path = shipped_files("slurm") / f"{template}.sbatch"
+    script = render(path.read_text(encoding="utf-8"), options | resources.options)
+    return Plan(script, config, resources, tuple(seeds), chain)
+
+
+def submit_job(plan: Plan) -> list[str]:
+    """Keep what was submitted in the run directory, let Slurm check it, and submit it.
+
+    Returns:
+        The job's number; of a chain, all of them in order.
+
+    Raises:
+        LaunchError: Slurm is not here or refuses; nothing was submitted then.
+    """
+    folder = Path(plan.config.run.dir) / "submitted" / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script, config = folder / "job.sbatch", folder / "config.yaml"
+        script.write_text(plan.script, encoding="utf-8")
+        config.write_text(dump_config(plan.config), encoding="utf-8")
+        _keep_code_state(folder)
+    except OSError as error:
+        raise LaunchError(f"{folder} cannot be written: {error.strerror}") from None
+    environment = job_environment(plan.resources)
+    arguments = [str(script), str(config)]
+    run_slurm(["sbatch", "--test-only", *arguments], environment)
+    jobs: list[str] = []
+    for _ in range(plan.chain):
+        # Each goes on where the one before it stopped, however that ended.
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        jobs.append(run_slurm(["sbatch", "--parsable", *after, *arguments], environment).partition(";")[0])
+    (folder / "command.txt").write_text(shlex.join(["sbatch", *arguments]) + "\n", encoding="utf-8")
+    for run_dir, seed in zip(plan.run_dirs(), plan.seeds or (None,), strict=True):
+        record_jobs(run_dir, jobs if seed is None else [f"{jobs[0]}_{seed}"], folder)
+    return jobs
+
+
+def job_environment(resources: Resources) -> dict[str, str]:
+    """What the batch script needs to know besides its arguments: this installation, and the ranks of a node."""
+    environment = {
+        "DIST_TRANSFORMER_DIR": str(shipped_files("launch").parent),
+        "PYTHON": sys.executable,
+    }
+    if resources.ranks_per_node is not None:
+        environment["NPROC"] = str(resources.ranks_per_node)
+    return environment
+
+
+def _check_data(config: Config, dp_size: int) -> None:
+    """That lanes divide, where the shards can be seen from here: a login node may not have them."""
+    corpora = config.data.corpora()
+    if all(Path(corpus.train).is_dir() for corpus in corpora):
+        n_shards = {corpus.name or corpus.train: len(load_manifest(corpus.train).train) for corpus in corpora}
+        check_lanes(n_shards, dp_size, config.data.workers)
+
+
+def _keep_code_state(folder: Path) -> None:
+    """Commit, changes that are not committed, and versions: what a result can be reproduced from."""
+    root = shipped_files("launch").parent
+    commit = _git(root, "rev-parse", "HEAD")
+    lines = [
+        f"commit: {commit or 'unknown: not a git checkout'}",
+        f"python: {sys.version.split()[0]}",
+        f"cwd: {Path.cwd()}",
+    ]
+    (folder / "code.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if commit and (changes := _git(root, "diff", "HEAD")):
+        (folder / "code.patch").write_text(changes + "\n", encoding="utf-8")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def describe_plan(plan: Plan) -> str:
+    """The job in one line."""
+    dp_size = plan.resources.n_ranks // plan.config.parallel.tp_degree
+    batch = plan.config.train
+    parallel = plan.config.parallel
+    return (
+        f"{plan.resources.n_ranks} ranks on {plan.resources.nodes} node(s): dp {dp_size} x tp {parallel.tp_degree}, "
+        f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = {dp_size} x {batch.micro_batch_size} x {grad_accum_steps(plan.config, dp_size)} micro-steps"
+    )
