@@ -49,7 +49,7 @@ class ShardCache:
             DataError: it cannot be fetched, is not what the manifest says, or does not fit the cache.
         """
         while True:
-            with suppress(FileNotFoundError):
+            with self._explain_disk(), suppress(FileNotFoundError):
                 file = (self.folder / sha256).open("rb", buffering=0)
                 os.utime(file.fileno())
                 return file
@@ -111,8 +111,8 @@ class ShardCache:
         for _ in range(2):
             try:
                 download(url, file, size, self.options)
-            except OSError as error:
-                if is_disk_full(error):
+            except (DataError, OSError) as error:
+                if file.seek(0, 2) == 0 or (isinstance(error, OSError) and is_disk_full(error)):
                     partial.unlink()
                 raise
             file.seek(0)
