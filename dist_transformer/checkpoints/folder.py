@@ -227,8 +227,9 @@ def check_files(path: Path, *, checksums: bool = False, share: tuple[int, int] =
     """Every file is there as it was written.
 
     Raises:
-        CheckpointError: one sentence about the first that is not.
+        CheckpointError: one sentence about the first that is not, or about another format.
     """
+    read_description(path)
     for damage in damages(path, checksums=checksums, share=share):
         others = [o.name for o in list_checkpoints(path.parent.parent) if o != path]
         hint = f"one of {', '.join(others)}" if others else "another, or remove it to start from step 0"
@@ -289,6 +290,11 @@ def _differences(saved: ModelConfig, now: ModelConfig) -> Iterator[tuple[str, ob
             if values[0] != values[1]:
                 overridden = any(getattr(getattr(model, side), name) is not None for model in (saved, now))
                 yield f"{side}.{name}" if overridden else name, values[0], values[1]
+
+
+def size_in_words(n_bytes: int) -> str:
+    """A number of bytes, short."""
+    return f"{n_bytes / 2**30:,.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
 
 
 def _version(description: dict[str, Any]) -> str:

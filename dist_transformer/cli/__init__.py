@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 
 from dist_transformer import __version__
+from dist_transformer.cli.checkpoint import add_checkpoint
 from dist_transformer.cli.jobs import add_jobs
 from dist_transformer.cli.parsing import Commands, Parser
 from dist_transformer.cli.prepare import add_prepare
@@ -49,5 +50,6 @@ def build_parser() -> Parser:
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_prepare(commands)
     add_runs(commands)
+    add_checkpoint(commands)
     add_jobs(commands)
     return parser

@@ -28,6 +28,7 @@ from dist_transformer.checkpoints.folder import (
     TrainerState,
     checkpoints_dir,
     latest_checkpoint,
+    size_in_words,
 )
 from dist_transformer.checkpoints.publish import partial_folder, publish, remove_left_overs
 from dist_transformer.checkpoints.reader import KINDS, Kind
@@ -244,7 +245,8 @@ class Saver:
         free = space.f_bavail * space.f_frsize
         if free < self._needed:
             raise CheckpointError(
-                f"{self._root} has {_size(free)} free and a checkpoint needs {_size(self._needed)}: free some space"
+                f"{self._root} has {size_in_words(free)} free and a checkpoint needs "
+                f"{size_in_words(self._needed)}: free some space"
             )
 
     def _entries(self) -> list[Entry]:
@@ -321,7 +323,3 @@ def _sentence(error: Exception) -> str:
         reason = error.strerror or str(error)
         return f"{error.filename}: {reason}" if error.filename else reason
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:,.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
