@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dist_transformer import __version__
 from dist_transformer.cli.checkpoint import add_checkpoint
+from dist_transformer.cli.data import add_data
 from dist_transformer.cli.jobs import add_jobs
 from dist_transformer.cli.parsing import Commands, Parser
 from dist_transformer.cli.prepare import add_prepare
@@ -49,6 +50,7 @@ def build_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_prepare(commands)
+    add_data(commands)
     add_runs(commands)
     add_checkpoint(commands)
     add_jobs(commands)
