@@ -20,12 +20,14 @@ from dist_transformer.config import WandbConfig
 from dist_transformer.tracking.feed import Report
 from dist_transformer.tracking.ids import TrackingIds
 from dist_transformer.tracking.jsonl import Row
-from dist_transformer.tracking.wandb_log import last_step
+from dist_transformer.tracking.wandb_log import X_STEP, is_uploaded, last_step, marker_of, wandb_files
+from dist_transformer.tracking.wandb_replay import Replay
 from dist_transformer.tracking.wandb_server import ServerAnswer, ask_server
 
 _X_TOKENS = "trainer/tokens_seen"
-_X_STEP = "trainer/step"
-_AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS, "perf/*": _X_STEP, "memory/*": _X_STEP}
+_AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS} | dict.fromkeys(
+    ("perf/*", "memory/*", "time/*", "data/*", "health/*", "checkpoint/*"), X_STEP
+)
 _NOT_LOGGED = frozenset({"event", "step", "row", "time"})
 
 # Rows that may be with the helper: it passes them on every second, or to a server every 15 s.
@@ -39,6 +41,10 @@ class WandbSink:
 
     The row number is W&B's `step`, because it never falls: W&B ignores rows whose step was seen before,
     which would be all those that a restart replays. The real axes come from `define_metric`.
+
+    Args:
+        resumed_step: the step after which this process goes on (0: from the beginning): what the dashboard has of
+            later steps is replaced where no server has it yet, and else not drawn twice. None: every row is drawn.
     """
 
     name = "wandb"
@@ -50,7 +56,10 @@ class WandbSink:
         run_dir: Path,
         run_config: Mapping[str, Any],
         report: Report,
+        resumed_step: int | None = None,
     ) -> None:
+        self._replay = None if resumed_step is None else Replay(run_dir.resolve(), resumed_step)
+        self._caught_up = False
         self._config = config
         self._ids = ids
         self._run_dir = run_dir.resolve()
@@ -75,10 +84,12 @@ class WandbSink:
     def open(self) -> None:
         """Start the run: online where the server answers, else offline."""
         self._prepare_environment()
+        logs_before = wandb_files(self._run_dir)
         mode = self._decide()
         if mode == "online":
             try:
                 self._start("online")
+                self._catch_up(logs_before)
                 return
             except Exception as error:
                 self._why_offline = f"going online failed: {_first_line(error)}"
@@ -88,19 +99,16 @@ class WandbSink:
             self._report(f"W&B goes on offline: {self._why_offline}")
         try:
             self._start("offline")
+            self._catch_up(logs_before)
         except BaseException:
             self._teardown()
             raise
 
     def write(self, row: Row) -> None:
         """Log one row; where wandb-core is gone, begin again with the same run id and log it there."""
-        values = {key: value for key, value in row.items() if key not in _NOT_LOGGED}
-        values[_X_STEP] = row["step"]
-        # Rows without a token count (an alert, a checkpoint) are placed where the run was.
-        self._tokens_seen = values.setdefault(_X_TOKENS, self._tokens_seen)
-        if self._tokens_seen is None:
-            del values[_X_TOKENS]
-        step = max(row["row"], self._next_step)
+        if self._replay is not None and self._replay.is_known(row):
+            return
+        values, step = self._values(row), max(row["row"], self._next_step)
         try:
             self._log(values, step)
         except Exception as error:
@@ -110,6 +118,33 @@ class WandbSink:
             self._log(values, max(step, self._next_step))
         if row["event"] == "alert" and self._online:
             self._alert(row)
+
+    def _values(self, row: Row) -> Row:
+        """The row as it is logged."""
+        values = {key: value for key, value in row.items() if key not in _NOT_LOGGED}
+        values[X_STEP] = row["step"] if self._replay is None else self._replay.place(row["step"])
+        # Rows without a token count (an alert, a checkpoint) are placed where the run was.
+        self._tokens_seen = values.setdefault(_X_TOKENS, self._tokens_seen)
+        if self._tokens_seen is None:
+            del values[_X_TOKENS]
+        return values
+
+    def _catch_up(self, logs_before: list[Path]) -> None:
+        """Once a process: log the rows that count and that the process before took with it when it was killed."""
+        if self._replay is None or self._caught_up:
+            return
+        if self._online:
+            missing = self._replay.missing_online(self._run.starting_step)
+        else:
+            missing = self._replay.missing_offline()
+        for row in missing:
+            self._log(self._values(row), max(row["row"], self._next_step))
+        self._caught_up = True
+        if self._online:
+            # What offline logs of earlier processes hold has just been sent.
+            for path in logs_before:
+                if not is_uploaded(path):
+                    marker_of(path).touch()
 
     def close(self, exit_code: int, preempted: bool) -> None:
         """Finish the run; on a preemption the page says that it will come back."""
@@ -146,7 +181,7 @@ class WandbSink:
             return f"W&B run: {run.url}"
         folder = _short(Path(run.sync_dir))
         why = f" ({self._why_offline})" if self._why_offline else ""
-        return f"W&B offline run in {folder}{why}; upload with: wandb sync {folder}"
+        return f"W&B offline run in {folder}{why}; upload with: dist-transformer track sync {_short(self._run_dir)}"
 
     def _decide(self) -> str:
         """Online or offline, in a few seconds; keeps the reason for offline."""

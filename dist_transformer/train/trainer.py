@@ -238,7 +238,9 @@ def _outlets_of_rank_zero(config: Config, start_step: int) -> Outlets:
     except OSError as problem:
         raise ConfigError(f"run.dir={run_dir}: cannot be written: {problem.strerror or problem}") from None
     console = Console(config.train.steps, start_step)
-    sinks = build_sinks(config.tracking, run_dir, config.model_dump(mode="json"), console.message)
+    sinks = build_sinks(
+        config.tracking, run_dir, config.model_dump(mode="json"), console.message, resumed_step=start_step
+    )
     log = MetricsLog(run_dir, sinks, console.message)
     for line in log.where():
         console.message(line)

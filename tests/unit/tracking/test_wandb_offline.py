@@ -12,9 +12,9 @@ import pytest
 
 from dist_transformer.config import TrackingConfig, WandbConfig
 from dist_transformer.tracking import MetricsLog, build_sinks, check_tracking, read_metrics
-from dist_transformer.tracking.wandb_log import last_step
+from dist_transformer.tracking.wandb_log import find_tail, history, last_step, wandb_files
 from dist_transformer.tracking.wandb_sink import core_pid
-from tests.tools.wandb_log import axes, find_tail, history, records, run_record, wandb_files
+from tests.tools.wandb_log import axes, kinds, run_record
 
 pytestmark = pytest.mark.usefixtures("clean_wandb")
 OFFLINE = TrackingConfig(wandb=WandbConfig(mode="offline", project="unit", tags=("a",)))
@@ -69,7 +69,9 @@ def test_every_row_is_read_back_with_its_axes_and_configuration(
     assert [row["trainer/tokens_seen"] for row in rows if "eval/news/loss" in row] == [6400, 12800, 19200]
     assert rows[-1]["data/fingerprint"] == "f00d" and rows[-1]["train/loss"] != rows[-1]["train/loss"]
     tokens, step_axis = "trainer/tokens_seen", "trainer/step"
-    assert axes(file) == {"train/*": tokens, "eval/*": tokens, "perf/*": step_axis, "memory/*": step_axis}
+    found = axes(file)
+    assert found["train/*"] == found["eval/*"] == tokens
+    assert found["perf/*"] == found["memory/*"] == found["time/*"] == step_axis
     run = run_record(file)
     assert (run.run_id, run.project, run.display_name, list(run.tags)) == (
         json.loads((run_dir / "tracking.json").read_text())["wandb"]["run_id"],
@@ -80,7 +82,7 @@ def test_every_row_is_read_back_with_its_axes_and_configuration(
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["model"] == {"d_model": 8, "tied": True} and config["betas"] == [0.9, 0.98]
     folder = file.parent.relative_to(tmp_path)
-    assert where == [f"W&B offline run in {folder}; upload with: wandb sync {folder}"]
+    assert where == [f"W&B offline run in {folder}; upload with: dist-transformer track sync runs/first"]
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
     # Nothing outside the run directory.
@@ -179,9 +181,9 @@ def test_a_helper_that_dies_of_the_signal_that_preempts_the_job_costs_nothing(tm
     assert 1 <= len(said) <= 2 and "lost its helper process" in said[0]
     files = wandb_files(tmp_path)
     assert [row["trainer/step"] for file in files for row in history(file)] == list(range(301))
-    last = list(records(files[-1]))
-    assert [record.exit.exit_code for record in last if record.WhichOneof("record_type") == "exit"] == [143]
-    assert any(record.WhichOneof("record_type") == "preempting" for record in last)
+    last = kinds(files[-1])
+    assert [record.exit.exit_code for kind, record in last if kind == "exit"] == [143]
+    assert any(kind == "preempting" for kind, _ in last)
 
 
 _STUCK_AT_THE_END = """

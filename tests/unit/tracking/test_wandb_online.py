@@ -14,10 +14,10 @@ import pytest
 
 from dist_transformer.config import TrackingConfig, WandbConfig
 from dist_transformer.tracking import MetricsLog, build_sinks, read_metrics
+from dist_transformer.tracking.wandb_log import history, wandb_files
 from dist_transformer.tracking.wandb_server import ask_server, find_api_key
 from dist_transformer.tracking.wandb_sink import core_pid
 from tests.tools.fake_wandb import FakeWandb
-from tests.tools.wandb_log import history, wandb_files
 
 pytestmark = pytest.mark.usefixtures("clean_wandb")
 AUTO = TrackingConfig(wandb=WandbConfig(mode="auto", project="unit"))
@@ -95,7 +95,7 @@ def test_an_unreachable_server_means_offline_within_seconds(tmp_path: Path) -> N
     started = time.monotonic()
     said, (where,) = log_steps(tmp_path, range(5))
     assert time.monotonic() - started < 10
-    assert said == [] and "Connection refused" in where and "wandb sync" in where
+    assert said == [] and "Connection refused" in where and "track sync" in where
     (file,) = wandb_files(tmp_path)
     assert len(history(file)) == 6
 
