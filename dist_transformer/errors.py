@@ -31,5 +31,9 @@ class LaunchError(UserError):
     """A job that cannot be submitted, found or stopped."""
 
 
+class DivergenceError(UserError):
+    """Losses or gradients that are not finite, again and again."""
+
+
 class PreflightError(UserError):
     """A node that is not fit to train."""

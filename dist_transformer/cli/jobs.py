@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_transformer.cli.parsing import Commands, add_command, positive
+from dist_transformer.cli.parsing import Commands, add_command, not_negative, positive
 from dist_transformer.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def add_jobs(commands: Commands) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument(
-        "--limit", type=positive, default=3, help="failures in a row without a new checkpoint (default: 3)"
+        "--limit", type=not_negative, default=3, help="failures in a row without a new checkpoint (default: 3)"
     )
 
 

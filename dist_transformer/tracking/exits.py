@@ -16,6 +16,7 @@ ATTEMPT_NAME, EXITS_NAME = "attempt.json", "exits.jsonl"
 
 Reason = Literal[
     "done",
+    "preflight",
     "stopped",
     "time_limit",
     "preempted",
@@ -27,8 +28,8 @@ Reason = Literal[
     "killed",
 ]
 """done: all steps. stopped: a person asked (switch file, dashboard). time_limit, preempted, signal: saved and left on
-request. nonfinite: diverged. error: a sentence for a person. crash: a bug or a lost peer. watchdog: hung. killed: left
-no word.
+request. preflight: a node was not fit. nonfinite: diverged. error: a sentence for a person. crash: a bug, a lost peer.
+watchdog: hung. killed: it left no word.
 """
 ON_REQUEST = ("stopped", "time_limit", "preempted", "signal")
 FOR_A_PERSON = ("nonfinite", "error")

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from dist_transformer.errors import UserError
+from dist_transformer.errors import DivergenceError
 
 
 class StopSignals:
@@ -36,10 +36,10 @@ class BadSteps:
 
     def check(self, step: int) -> None:
         """Raises:
-        UserError: after `limit` bad updates in a row.
+        DivergenceError: after `limit` bad updates in a row.
         """
         if self.in_a_row >= self.limit:
-            error = UserError(
+            error = DivergenceError(
                 f"step {step}: loss or gradient was not finite in {self.in_a_row} updates in a row: "
                 f"the run has diverged. Go on from the last checkpoint with a lower optimizer.lr or a longer warm-up"
             )

@@ -1,7 +1,7 @@
 """Side work of the loop, each with its own cadence: logging, evaluation, checkpoints."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -25,11 +25,15 @@ class StepTotals:
     n_pairs: int
     n_truncated: int
     n_dropped: int
+    n_bad: int
+    """Samples lost to bad shards."""
     useful: Work
     """Real tokens, and each sample's own pairs."""
     executed: Work
     """Positions and pairs of whole rows."""
     fingerprint: int | None = None
+    problems: list[str] = field(default_factory=list)
+    """Sentences about the lost samples."""
 
 
 @dataclass
@@ -39,6 +43,8 @@ class StepReport:
     step: int
     is_last: bool
     """The run's last step, or the last one before it is stopped."""
+    save: bool
+    """A checkpoint is due."""
     totals: StepTotals
     result: StepResult
     step_time_s: float
@@ -100,8 +106,11 @@ class EvaluateHook:
             seconds = time.perf_counter() - start
             self.outlets.log.log("eval", step, {**values, "perf/eval_time_s": seconds})
             self.outlets.console.evaluation(step, values)
-            if found.samples:
-                write_samples(Path(self.config.run.dir), step, found.samples)
+            for name, samples in found.samples.items():
+                of_set = name if self.config.data.mixture else ""
+                write_samples(Path(self.config.run.dir), step, samples, of_set)
+            for problem in found.problems:
+                self.outlets.alert(step, problem, kind="data")
         return found
 
 
@@ -133,7 +142,7 @@ class CheckpointHook:
         """
         for outcome in self.saver.poll():
             self._record(report.step, outcome)
-        if report.step % self.config.checkpoint.every and not report.is_last:
+        if not report.save:
             return
         if self.outlets.console is not None:
             self.outlets.console.pause()
@@ -165,9 +174,16 @@ class CheckpointHook:
             self.outlets.log.log("checkpoint", step, values)
 
 
-def write_samples(run_dir: Path, step: int, samples: list[Sample]) -> Path:
-    """Decoded samples as text that a person reads: three lines each, line ends shown as ⏎."""
-    path = run_dir / "samples" / f"step-{step:08d}.txt"
+def write_samples(run_dir: Path, step: int, samples: list[Sample], of_set: str = "") -> Path:
+    """Decoded samples as text that a person reads: three lines each, line ends shown as ⏎.
+
+    Args:
+        run_dir: Of the run.
+        step: Updates done.
+        samples: What was decoded.
+        of_set: Name of the held-out set, where the run has several.
+    """
+    path = run_dir / "samples" / f"step-{step:08d}{'-' if of_set else ''}{of_set}.txt"
     path.parent.mkdir(exist_ok=True)
     blocks = [
         f"source:    {_one_line(sample.source)}\n"

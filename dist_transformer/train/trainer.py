@@ -21,13 +21,14 @@ from dist_transformer.parallel.collectives import (
     barrier,
     gather_objects,
     raise_together,
-    sum_over_data_parallel,
+    sum_over_ranks,
 )
 from dist_transformer.parallel.mesh import Mesh, open_mesh
 from dist_transformer.tracking import Console, MetricsLog, build_sinks
 from dist_transformer.tracking.accounts import TimeAccounts
 from dist_transformer.train.collective_clock import time_collectives
 from dist_transformer.train.faults import BadSteps, StopSignals
+from dist_transformer.train.guard import Guard
 from dist_transformer.train.hooks import (
     CheckpointHook,
     EvaluateHook,
@@ -50,10 +51,12 @@ def train(config: Config) -> None:
     with time_collectives(accounts), open_mesh(config.parallel.tp_degree) as mesh:
         config, tokenizer = prepare_run(config, mesh)
         checkpoint = find_checkpoint(config, mesh)
-        outlets = _open_outlets(config, mesh, read_trainer_state(checkpoint).step if checkpoint else 0)
+        start_step = read_trainer_state(checkpoint).step if checkpoint else 0
+        outlets = _open_outlets(config, mesh, start_step)
         exit_code = 1
         try:
-            Trainer(config, mesh, tokenizer, outlets, signals, checkpoint, accounts).run()
+            with Guard(config, mesh, outlets, signals, start_step) as guard:
+                Trainer(config, mesh, tokenizer, outlets, guard, checkpoint, accounts).run()
             exit_code = 0
         finally:
             stopped = signals.received is not None
@@ -75,11 +78,11 @@ class Trainer:
         mesh: Mesh,
         tokenizer: TextTokenizer,
         outlets: Outlets,
-        signals: StopSignals,
+        guard: Guard,
         checkpoint: Path | None,
         accounts: TimeAccounts,
     ) -> None:
-        self.config, self.mesh, self.outlets, self.signals = config, mesh, outlets, signals
+        self.config, self.mesh, self.outlets, self.guard = config, mesh, outlets, guard
         self.accounts = accounts
         self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
         self.state = TrainerState() if checkpoint is None else load_checkpoint(self.engine, checkpoint)
@@ -118,45 +121,48 @@ class Trainer:
 
     def _run(self) -> None:
         if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
-            with self.accounts.spend("evaluation"):
+            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", 0):
                 self.evaluation.run(0)
         batches = self._global_batches()
         while self.state.step < self.config.train.steps:
             report = self._step(batches)
             for hook in self.hooks:
-                with self.accounts.spend(hook.account):
+                with self.accounts.spend(hook.account), self.guard.side_work(hook.account, report.step):
                     hook.after_step(report)
             self.bad_steps.check(report.step)
             if report.is_last and report.step < self.config.train.steps:
                 self.outlets.message(
-                    f"stopped by {self._why()} after step {report.step:,}: saved; the same command goes on"
+                    f"stopped by {self.guard.why_stopped()} after step {report.step:,}: saved; the same command goes on"
                 )
                 return
         self.outlets.message(f"done: {self.config.train.steps:,} steps in {self.config.run.dir}")
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
         step, start = self.state.step + 1, time.perf_counter()
+        self.guard.enter("waiting for data", step)
         with self.accounts.spend("input"):
             micro_batches = next(batches)
         data_time_s = time.perf_counter() - start
         with self.accounts.spend("compute"):
-            totals, stop = self._agree(micro_batches)
+            self.guard.enter("training", step)
+            totals, stop, save = self._agree(micro_batches)
             result = self.engine.train_step(micro_batches, totals.n_target_tokens, step)
         for batch in micro_batches:
             self.stream.advance(batch)
         self.bad_steps.record(result.applied)
-        self.state.step = step
+        self.state.step = self.guard.step = step
         self.state.tokens_seen += totals.n_source_tokens + totals.n_target_tokens
         self.state.n_truncated += totals.n_truncated
         self.state.n_dropped += totals.n_dropped
         self.state.n_bad_steps = self.bad_steps.total
         is_last = stop or step == self.config.train.steps
-        if is_last or step % self.config.checkpoint.every == 0:
+        save = save or is_last or step % self.config.checkpoint.every == 0
+        if save:
             self.state.data = merge_states(gather_objects(self.stream.state(), self.mesh))
-        return StepReport(step, is_last, totals, result, time.perf_counter() - start, data_time_s)
+        return StepReport(step, is_last, save, totals, result, time.perf_counter() - start, data_time_s)
 
-    def _agree(self, micro_batches: Sequence[Batch]) -> tuple[StepTotals, bool]:
-        """Counts of the global batch, and whether any rank was asked to stop: one small all-reduce a step."""
+    def _agree(self, micro_batches: Sequence[Batch]) -> tuple[StepTotals, bool, bool]:
+        """Counts of the global batch, and whether a rank was asked to stop or to save: one small all-reduce a step."""
         wants_fingerprint = self.config.data.fingerprint
         hashes = sum(batch.fingerprint for batch in micro_batches) % 2**64
         useful, executed = _work(micro_batches)
@@ -168,14 +174,17 @@ class Trainer:
             sum(batch.n_pairs for batch in micro_batches),
             sum(batch.n_truncated for batch in micro_batches),
             sum(batch.n_dropped for batch in micro_batches),
-            int(self._stop_requested()),
+            int(self.guard.stop_requested),
+            int(self.guard.save_requested),
             hashes >> 32,
             hashes & 0xFFFFFFFF,
         ]
         values = torch.tensor(local, dtype=torch.int64, device=self.mesh.device)
-        *counts, stop, high, low = sum_over_data_parallel(values, self.mesh).tolist()
-        combined = ((high << 32) + low) % 2**64 if wants_fingerprint else None
-        return _totals(counts, combined), stop > 0
+        # Over all ranks, since each may be the one that was told; tensor-parallel peers have the same batches.
+        *sums, stop, save, high, low = sum_over_ranks(values, self.mesh).tolist()
+        counts, n_copies = [value // self.mesh.tp_size for value in sums], self.mesh.tp_size
+        combined = ((high << 32) + low) // n_copies % 2**64 if wants_fingerprint else None
+        return _totals(counts, combined), stop > 0, save > 0
 
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""
@@ -183,13 +192,6 @@ class Trainer:
         stream = iter(self.stream)
         while True:
             yield [next(stream) for _ in range(n)]
-
-    def _stop_requested(self) -> bool:
-        on_dashboard = self.outlets.log is not None and self.outlets.log.stop_requested
-        return self.signals.received is not None or on_dashboard
-
-    def _why(self) -> str:
-        return self.signals.received or "another rank or the dashboard"
 
     def _say_hello(self) -> None:
         config, mesh = self.config, self.mesh
