@@ -7,14 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dist_transformer.config import RecomputeConfig
 from dist_transformer.model import EncoderDecoder
-
-_KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-"""What selective recomputation keeps: products with weights, most of a layer's arithmetic. Scores, softmax, norms,
-activations and dropout are computed again (Korthikanti et al. 2022, section 5)."""
+from dist_transformer.model.layers import AddNorm
 
 
 def apply_recompute(model: EncoderDecoder, config: RecomputeConfig) -> None:
@@ -24,10 +21,8 @@ def apply_recompute(model: EncoderDecoder, config: RecomputeConfig) -> None:
             if policy == "full" or (policy == "every_n" and index % config.every == 0):
                 _recompute(layer)
             elif policy == "selective":
-                _separate_biases(layer)
-                _recompute(
-                    layer, context_fn=functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
-                )
+                keep = _Keep(layer)
+                _recompute(layer, context_fn=functools.partial(create_selective_checkpoint_contexts, keep))
 
 
 def _recompute(layer: nn.Module, **options: Any) -> None:
@@ -43,11 +38,41 @@ def _recompute(layer: nn.Module, **options: Any) -> None:
     layer.forward = forward
 
 
-def _separate_biases(layer: nn.Module) -> None:
-    """Let linear maps add their bias out of place: under ZeRO 3, DeepSpeed's add it into the product that is kept."""
-    for module in layer.modules():
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            module.forward = functools.partial(_product_then_bias, module)  # type: ignore[method-assign]
+class _Keep:
+    """What selective recomputation keeps of a layer: products with weights, which are most of its arithmetic.
+
+    Scores, softmax, norms, activations and dropout are computed again (Korthikanti et al. 2022, section 5), and of the
+    products those that cost least for what they hold: attention's output projection (a twelfth of a layer's
+    arithmetic with d_ff = 4 d_model), and a last product that nothing in the layer's backward pass reads.
+    """
+
+    _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.on = True
+        left_out = {"o_proj"}
+        last = layer.feed_forward_residual
+        assert isinstance(last, AddNorm)
+        if last.pre and not last.dropout:
+            left_out.add("down")
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                # Under ZeRO 3, DeepSpeed's function would add the bias into the product that is kept.
+                module.forward = functools.partial(_product_then_bias, module)  # type: ignore[method-assign]
+            if name.rpartition(".")[2] in left_out:
+                module.forward = functools.partial(self._leave_out, module.forward)
+
+    def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if self.on and operation in self._PRODUCTS:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _leave_out(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self.on = False
+        try:
+            return forward(x)
+        finally:
+            self.on = True
 
 
 def _product_then_bias(linear: nn.Linear, x: Tensor) -> Tensor:

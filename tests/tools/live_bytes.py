@@ -16,6 +16,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in known or []}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0
         self.peak = 0
         """Most bytes alive after any operation."""
 
@@ -27,13 +28,16 @@ class LiveBytes(TorchDispatchMode):
                 reference = StorageWeakRef(storage)
                 if reference.cdata not in self._known:
                     self._alive[reference.cdata] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self.now())
+                    self._at_most += storage.nbytes()
+        if self._at_most > self.peak:
+            self.peak = max(self.peak, self.now())
         return result
 
     def now(self) -> int:
         """Bytes alive at present."""
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        self._at_most = sum(size for _, size in self._alive.values())
+        return self._at_most
 
     def __enter__(self) -> Self:
         super().__enter__()
