@@ -1,5 +1,8 @@
 """A checkpoint gives back weights, optimizer and random generators bit for bit, in every stage and precision."""
 
+import errno
+import itertools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from dist_transformer.config import Config, build_config
 from dist_transformer.data.batch import PAD_ID
 from dist_transformer.engine.checkpoint import check_checkpoint, load_checkpoint
 from dist_transformer.engine.engine import Engine
-from dist_transformer.engine.saving import save_checkpoint
+from dist_transformer.engine.saving import Saver, save_checkpoint
 from dist_transformer.errors import CheckpointError
 from tests.dist.harness import Mesh, run_ranks
 from tests.dist.test_bad_steps import name_of, weights_of
@@ -111,9 +114,16 @@ def all_there_and_back(mesh: Mesh, splits: list[Split], folder: str) -> list[dic
     return [there_and_back(mesh, split, f"{folder}/{mesh.world_size}-{name_of(split)}") for split in splits]
 
 
-def everything(mesh: Mesh, folder: str) -> tuple[list[dict[str, Any]], list[str]]:
+Found = tuple[list[dict[str, Any]], list[str], list[tuple[str, int | None]]]
+
+
+def everything(mesh: Mesh, folder: str) -> Found:
     """One start of the ranks for all tests of this file."""
-    return all_there_and_back(mesh, SPLITS, folder), spoil_and_load(mesh, folder)
+    return (
+        all_there_and_back(mesh, SPLITS, folder),
+        spoil_and_load(mesh, folder),
+        save_while_one_cannot_write(mesh, f"{folder}/full"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +133,8 @@ def found() -> Any:
 
 
 @pytest.fixture(scope="module")
-def outcomes(found: list[tuple[list[dict[str, Any]], list[str]]]) -> list[list[dict[str, Any]]]:
-    return [first for first, _ in found]
+def outcomes(found: list[Found]) -> list[list[dict[str, Any]]]:
+    return [first for first, *_ in found]
 
 
 @pytest.mark.parametrize("index", range(len(SPLITS)), ids=[name_of(split) for split in SPLITS])
@@ -187,8 +197,47 @@ def spoil_and_load(mesh: Mesh, folder: str) -> list[str]:
     return said
 
 
-def test_a_file_damaged_in_place(found: list[tuple[list[dict[str, Any]], list[str]]]) -> None:
-    first, second = (said for _, said in found)
+def save_while_one_cannot_write(mesh: Mesh, run_dir: str) -> list[tuple[str, int | None]]:
+    """Three saves while training goes on; in the second, rank 1's disk is full. (Sentence, step of `latest`) each."""
+    config = configured(Split(micro_batch_size=2, zero_stage=2), run_dir)
+    engine = Engine(config, mesh)
+    saver = Saver(engine)
+    seen: list[tuple[str, int | None]] = []
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rank-00001.safetensors")
+
+    for number in (1, 2, 3):
+        os.fsync = full if number == 2 and mesh.rank == 1 else real
+        ended = saver.begin(TrainerState(step=2 * number))
+        for step in itertools.count(2 * number):
+            if ended:
+                break
+            train(engine, range(step, step + 1))
+            ended = saver.poll()
+        os.fsync = real
+        [outcome] = ended
+        latest = latest_checkpoint(Path(run_dir))
+        seen.append((outcome.error or "", int(latest.name.split("-")[1]) if latest else None))
+    return seen
+
+
+def test_no_rank_waits_for_one_that_cannot_write(found: list[Found]) -> None:
+    for *_, seen in found:
+        assert seen == [
+            ("", 2),
+            (
+                "the checkpoint of step 4 was not saved: rank 1: rank-00001.safetensors: No space left on device; "
+                "step-00000002 is still whole",
+                2,
+            ),
+            ("", 6),
+        ]
+
+
+def test_a_file_damaged_in_place(found: list[Found]) -> None:
+    first, second = (said for _, said, _ in found)
     assert first == second
     assert len(first) == 3
     assert all("cannot be loaded" in sentence and "\n" not in sentence for sentence in first)

@@ -144,7 +144,6 @@ def test_checkpoint_of_another_model_or_damaged(
         "train", config, "model.d_ff=96", "train.steps=4", exit_code=1,
         says=["step-00000002 is a checkpoint of another model", "model.d_ff is 64 there and 96", "run.dir"],
     )  # fmt: skip
-    refused("train", config, "parallel.zero_stage=1", exit_code=1, says=["zero_stage=2", "zero_stage=1"])
     assert contents(run_dir / "checkpoints") == before
     files = json.loads((run_dir / "checkpoints" / "step-00000002" / "files.json").read_text())
     largest = run_dir / "checkpoints" / "step-00000002" / max(files, key=lambda name: files[name])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_transformer.engine.checkpoint import latest_checkpoint, load_weights
+from dist_transformer.checkpoints.folder import latest_checkpoint
+from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.tracking import read_metrics
 from tests.e2e.conftest import ROOT, command, environment, launch, steps_of
 
@@ -48,23 +49,27 @@ def start(*arguments: str | Path) -> "subprocess.Popen[bytes]":
 def test_killed_and_resumed_equals_uninterrupted(
     stage: int, tmp_path: Path, pair_shards: Path, write_config: WriteConfig
 ) -> None:
-    config = write_config(pair_shards, parallel={"zero_stage": stage}, data={"fingerprint": True})
+    config = write_config(
+        pair_shards, parallel={"zero_stage": stage}, data={"fingerprint": True}, checkpoint={"every": 10}
+    )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = launch(config, "--nproc", 2, f"run.dir={whole}")
     assert done.returncode == 0, done.stdout + done.stderr
 
     process = start(config, "--nproc", 2, f"run.dir={broken}")
-    wait_for(lambda: last_step(broken) >= 24)
+    # Saving goes on while training does: some steps after its step.
+    wait_for(lambda: last_step(broken) >= 14 and latest_checkpoint(broken) is not None)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # torchrun's ranks have sessions of their own; a killed machine would take them too.
     subprocess.run(["pkill", "-KILL", "-f", f"run.dir={broken}"], check=False)
     latest = latest_checkpoint(broken)
     assert latest is not None
-    assert latest.name == "step-00000020"
+    saved = int(latest.name.removeprefix("step-"))
+    assert saved in {10, 20, 30}
     again = launch(config, "--nproc", 2, f"run.dir={broken}")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming after step 20" in again.stdout
+    assert f"resuming after step {saved}" in again.stdout
 
     expected, actual = losses(whole), losses(broken)
     assert sorted(expected) == list(range(1, 41))
@@ -74,7 +79,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == [
         "latest",
-        "step-00000020",
+        "step-00000030",
         "step-00000040",
     ]
 
