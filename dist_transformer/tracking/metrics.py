@@ -159,10 +159,10 @@ def read_metrics(run_dir: Path, last_wins: bool = False) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     rows = [row for line in lines if (row := decode(line)) is not None]
-    return _newest(rows) if last_wins else rows
+    return newest_rows(rows) if last_wins else rows
 
 
-def _newest(rows: Sequence[Row]) -> list[Row]:
+def newest_rows(rows: Sequence[Row]) -> list[Row]:
     """Of rows with the same event and step, those of the last process that wrote such a row."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """What a dashboard has of a run's earlier processes, and how the curves stay one line when steps are trained again.
 
-A killed process leaves rows of steps behind its last checkpoint: they are trained again, and what a server has cannot be
-taken back. And it may have died before its last rows had reached the dashboard, some of them of steps that do
+A killed process leaves rows of steps behind its last checkpoint: they are trained again, and what a server has cannot
+be taken back. And it may have died before its last rows had reached the dashboard, some of them of steps that do
 count. W&B's own step is the row's number in `metrics.jsonl`, so that the file tells which rows are where.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_transformer.tracking.jsonl import FILE_NAME, Row, decode
+from dist_transformer.tracking.metrics import newest_rows
 from dist_transformer.tracking.wandb_log import cut_after, is_uploaded, last_step, wandb_files
 
 _PLOTTED = ("train", "eval")
@@ -73,11 +74,15 @@ class Replay:
                 self.last_x = max(self.last_x, row["step"])
 
     def _missing(self, n_rows: int) -> list[Row]:
-        return [
+        missing = [
             row
             for row in self._rows_before()
             if row["row"] >= n_rows and row["step"] <= self._last_valid and not self.is_known(row)
         ]
+        # Some of them may have been trained again already.
+        plotted = newest_rows([row for row in missing if row["event"] in _PLOTTED])
+        others = [row for row in missing if row["event"] not in _PLOTTED]
+        return sorted(plotted + others, key=lambda row: int(row["row"]))
 
     def _rows_before(self) -> list[Row]:
         """Rows of the processes before this one."""
