@@ -1,101 +1,81 @@
-"""Lanes at work: a window of a shard becomes rows, and a lane delivers rows from any cursor on."""
+"""Lanes at work: a lane of a corpus delivers rows from any cursor on."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_transformer.config.data import DataConfig
 from dist_transformer.data.batch import Cursor
-from dist_transformer.data.manifest import Kind, Manifest, Split
-from dist_transformer.data.order import count_windows, lane_shards
+from dist_transformer.data.order import lane_shards
+from dist_transformer.data.plan import CorpusPlan
 from dist_transformer.data.rows import COUNTS, Rows
-from dist_transformer.data.shards import RawWindow, ShardReader, ShardSet
-from dist_transformer.data.tokenizer import TextTokenizer
-from dist_transformer.data.window import WindowPlan
+from dist_transformer.data.shards import RawWindow, ShardReader
 from dist_transformer.errors import DataError
 
-
-@dataclass(frozen=True)
-class RowPlan:
-    """All that decides the rows of a split: plain values, so that it travels to loader workers."""
-
-    shards: ShardSet
-    windows: WindowPlan
-    window: int
-    """Samples in a window."""
-
-    @classmethod
-    def build(cls, data: DataConfig, manifest: Manifest, split: Split, seed: int, shuffle: bool) -> "RowPlan":
-        """The plan of a split of a prepared folder.
-
-        Raises:
-            DataError: the objective does not fit the kind of shards, or the rows are too short for it.
-        """
-        tokenizer = TextTokenizer.load(manifest.tokenizer_path)
-        windows = WindowPlan.build(data, data.corpora()[0], tokenizer, seed, shuffle)
-        _check_kind(data, manifest, windows.objective.kind)
-        return cls(ShardSet.build(manifest, split, data), windows, data.window)
-
-    def count_windows(self, shard: int) -> int:
-        """Windows of a shard."""
-        return count_windows(self.shards.infos[shard].n_samples, self.window)
-
-    def build_rows(self, raw: RawWindow, epoch: int, shard: int) -> tuple[Rows, int]:
-        """The rows of a window in the order of training, and how many samples were dropped."""
-        window, location = raw.first // self.window, self.shards.location(shard)
-        return self.windows.build_rows(raw, epoch=epoch, shard=shard, window=window, location=location)
-
-    def order_options(self) -> dict[str, Any]:
-        """What besides the shards decides the rows: a resume must find the same values."""
-        return {"window": self.window} | self.windows.describe()
+_PASSES, _PASSES_OVER_BAD_SHARDS = 2, 8
+"""Passes over a lane's shards without a single row after which it gives up. Each pass deals it other shards, so a lane
+that met unreadable ones may find readable ones in the next."""
 
 
-def _check_kind(data: DataConfig, manifest: Manifest, wanted: Kind) -> None:
-    if manifest.kind != wanted:
-        fitting = "pairs" if manifest.kind == "pairs" else "span_corruption"
-        raise DataError(
-            f"data.objective={data.objective} needs {wanted} shards, {manifest.root} holds "
-            f"{manifest.kind}: set "
-            f"data.objective={fitting} or prepare with `dist-transformer prepare {wanted}`"
-        )
+class LaneRow(NamedTuple):
+    """What a lane gives at a time."""
+
+    row: Rows
+    cursor: Cursor
+    """Where the lane stands after it."""
+    problem: str
+    """A sentence about samples that were lost before it (policy `skip`); empty where none were."""
+
+
+class _Built(NamedTuple):
+    cursor: Cursor
+    rows: Rows
+    problem: str
 
 
 class LaneReader:
-    """One lane: its rows in order, from a cursor on, forever.
+    """One lane of a corpus: its rows in order, from a cursor on, forever.
 
     It holds the window that is being delivered, and builds the next one at a point of its progress that
     differs from lane to lane: built only when the last row is gone, the windows of all lanes would fall due
     at the same time, and the run would wait for all of them at once.
     """
 
-    def __init__(self, plan: RowPlan, lane: int, n_lanes: int, cursor: Cursor) -> None:
+    def __init__(self, plan: CorpusPlan, lane: int, n_lanes: int, cursor: Cursor) -> None:
         self.plan, self.lane, self.n_lanes = plan, lane, n_lanes
         self._shards: list[int] = []
         self._shards_epoch = -1
         self._reader: ShardReader | None = None
-        self._reader_place = (-1, -1)
+        self._reader_place = Cursor(-1)
+        """The window that the reader stands before."""
         self._ahead_at = 0.25 + 0.75 * (lane + 1) / n_lanes
-        self._ahead: tuple[Cursor, Rows] | None = None
+        self._ahead: _Built | None = None
         place = replace(cursor, row=0)
-        self._cursor, self._rows = self._build_from(place)
+        self._begin(self._build_from(place))
         self._next = cursor.row if self._cursor == place else 0
-        self._locate()
 
-    def next_row(self) -> tuple[Rows, Cursor]:
-        """The next row and the cursor after it."""
+    @property
+    def window(self) -> Cursor:
+        """Where the window begins that the row given last is from."""
+        return self._cursor
+
+    def next_row(self) -> LaneRow:
+        """The next row, and where the lane stands after it.
+
+        Raises:
+            DataError: a shard is damaged or unreachable (policy `error`), or no shard gives any row.
+        """
         if self._next >= len(self._rows):
-            self._cursor, self._rows = self._take_ahead()
-            self._next = 0
-            self._locate()
-        row = self._slice(self._next)
+            ahead, self._ahead = self._ahead, None
+            self._begin(ahead or self._build_from(self._following(self._cursor)))
+        row, problem = self._slice(self._next), "" if self._next else self._problem
         self._next += 1
         if self._ahead is None and self._next >= math.ceil(len(self._rows) * self._ahead_at):
             self._ahead = self._build_from(self._following(self._cursor))
         if self._next < len(self._rows):
-            return row, replace(self._cursor, row=self._next)
-        return row, self._following(self._cursor)
+            return LaneRow(row, replace(self._cursor, row=self._next), problem)
+        return LaneRow(row, self._following(self._cursor), problem)
 
     def _slice(self, i: int) -> Rows:
         rows = self._rows
@@ -109,45 +89,50 @@ class LaneReader:
             rows.counts[i : i + 1],
         )
 
-    def _locate(self) -> None:
+    def _begin(self, window: _Built) -> None:
+        self._cursor, self._rows, self._problem = window
+        self._next = 0
         self._sample_starts = np.append(0, np.cumsum(self._rows.n_samples))
         self._source_starts = np.append(0, np.cumsum(self._rows.source_lengths))
         self._target_starts = np.append(0, np.cumsum(self._rows.target_lengths))
 
-    def _take_ahead(self) -> tuple[Cursor, Rows]:
-        ahead, self._ahead = self._ahead, None
-        return ahead or self._build_from(self._following(self._cursor))
-
-    def _build_from(self, place: Cursor) -> tuple[Cursor, Rows]:
-        """The first window from `place` on that has rows, and where it is."""
-        first_epoch, n_dropped = place.epoch, 0
-        while place.epoch < first_epoch + 2:
+    def _build_from(self, place: Cursor) -> _Built:
+        """The first window from `place` on that has rows."""
+        first_epoch, n_dropped, n_bad, problem = place.epoch, 0, 0, ""
+        while place.epoch < first_epoch + (_PASSES_OVER_BAD_SHARDS if n_bad else _PASSES):
             shard = self._epoch_shards(place.epoch)[place.shard]
             if place.window < self.plan.count_windows(shard):
-                rows, newly_dropped = self.plan.build_rows(
-                    self._read_window(place, shard), place.epoch, shard
-                )
+                raw = self._read_window(place, shard)
+                n_bad, problem = n_bad + raw.n_bad, problem or raw.problem
+                rows, newly_dropped = self.plan.build_rows(raw, place.epoch, shard)
                 n_dropped += newly_dropped
                 if len(rows):
                     rows.counts[0, COUNTS.index("n_dropped")] = n_dropped
-                    return place, rows
+                    rows.counts[0, COUNTS.index("n_bad")] = n_bad
+                    return _Built(place, rows, problem)
             place = self._following(place)
-        raise DataError(
-            f"no sample of the shards in {self.plan.shards.root} that lane {self.lane} reads fits a row: raise "
-            "data.max_source_len and data.max_target_len, or set data.too_long=truncate"
+        raise self._nothing_found(problem)
+
+    def _nothing_found(self, problem: str) -> DataError:
+        first = self.plan.shards.location(self._shards[0])
+        shards = f"the shards of {self.plan.name} that lane {self.lane} reads ({first} and others)"
+        if problem:
+            return DataError(
+                f"nothing can be read of {shards} in {_PASSES_OVER_BAD_SHARDS} passes over them, with "
+                f"data.on_bad_shard=skip: {problem}"
+            )
+        return DataError(
+            f"no sample of {shards} fits a row: raise data.max_source_len and data.max_target_len, or set "
+            "data.too_long=truncate"
         )
 
     def _read_window(self, place: Cursor, shard: int) -> RawWindow:
-        begin = place.window * self.plan.window
-        if (
-            self._reader is None
-            or self._reader_place != (place.epoch, place.shard)
-            or self._reader.position != begin
-        ):
+        if self._reader is None or self._reader_place != place:
             if self._reader is not None:
                 self._reader.close()
-            self._reader, self._reader_place = self.plan.shards.open(shard), (place.epoch, place.shard)
-            self._reader.skip(begin)
+            self._reader = self.plan.shards.open(shard)
+            self._reader.skip(place.window * self.plan.window)
+        self._reader_place = replace(place, window=place.window + 1)
         return self._reader.read(self.plan.window)
 
     def _following(self, place: Cursor) -> Cursor:

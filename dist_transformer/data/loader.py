@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dist_transformer.data.batch import Cursor
-from dist_transformer.data.lanes import LaneReader, RowPlan
+from dist_transformer.data.batch import Cursor, as_numbers
+from dist_transformer.data.lanes import LaneReader, LaneRow
+from dist_transformer.data.plan import RunPlan
 from dist_transformer.data.pool import exit_with_parent
 from dist_transformer.data.rows import PlacedRows, Rows
 from dist_transformer.errors import DataError
@@ -33,14 +34,13 @@ _SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 class RankRows:
     """The rows of one data-parallel rank from a point of the run on: plain values, sent to workers."""
 
-    plan: RowPlan
-    n_lanes: int
+    plan: RunPlan
     dp_rank: int
     dp_size: int
     first_row: int
     """Rows of the run, over all ranks, that came before."""
-    cursors: dict[int, Cursor] = field(default_factory=dict)
-    """Where lanes stand; those not named are at their start."""
+    cursors: dict[tuple[int, int], Cursor] = field(default_factory=dict)
+    """Where (corpus, lane) stand; those not named are at their start."""
 
     @property
     def first_local_row(self) -> int:
@@ -49,21 +49,23 @@ class RankRows:
         """
         return -((self.dp_rank - self.first_row) // self.dp_size)
 
-    def iterate(self, worker: int, n_workers: int) -> Iterator[tuple[int, int, Rows, Cursor]]:
-        """(row number, lane, row, cursor after it) of every n_workers-th row of the rank, forever.
+    def iterate(self, worker: int, n_workers: int) -> Iterator[tuple[int, int, LaneRow]]:
+        """(row number, lane, row with the cursor after it) of every n_workers-th row of the rank, forever.
 
         With n_workers dividing the rank's lanes, a worker meets only the lanes of its residue.
         """
-        readers: dict[int, LaneReader] = {}
+        # Made when their first row is due: the first batch waits for its own lanes only.
+        readers: dict[tuple[int, int], LaneReader] = {}
+        n_lanes = self.plan.n_lanes
         local = self.first_local_row + worker
         while True:
             number = local * self.dp_size + self.dp_rank
-            lane = number % self.n_lanes
-            if lane not in readers:
-                cursor = self.cursors.get(lane, Cursor())
-                readers[lane] = LaneReader(self.plan, lane, self.n_lanes, cursor)
-            row, cursor = readers[lane].next_row()
-            yield number, lane, row, cursor
+            lane, corpus = number % n_lanes, self.plan.mixture.corpus_of(number)
+            place = corpus, lane
+            if place not in readers:
+                cursor = self.cursors.get(place, Cursor())
+                readers[place] = LaneReader(self.plan.corpora[corpus], lane, n_lanes, cursor)
+            yield number, lane, readers[place].next_row()
             local += n_workers
 
     def chunks(self, worker: int, n_workers: int, n_rows: int) -> Iterator[PlacedRows]:
@@ -72,10 +74,11 @@ class RankRows:
         while True:
             chunk = [next(rows) for _ in range(n_rows)]
             yield PlacedRows(
-                rows=Rows.concatenate([row for _, _, row, _ in chunk]),
-                numbers=np.array([number for number, _, _, _ in chunk], np.int64),
-                lanes=np.array([lane for _, lane, _, _ in chunk], np.int64),
-                cursors=np.array([(c.epoch, c.shard, c.window, c.row) for _, _, _, c in chunk], np.int64),
+                rows=Rows.concatenate([row.row for _, _, row in chunk]),
+                numbers=np.array([number for number, _, _ in chunk], np.int64),
+                lanes=np.array([lane for _, lane, _ in chunk], np.int64),
+                cursors=np.array([as_numbers(row.cursor) for _, _, row in chunk], np.int64),
+                problems=tuple(row.problem for _, _, row in chunk if row.problem),
             )
 
 
@@ -107,7 +110,7 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
     Raises:
         DataError: bad data, or a worker that died; the same sentence whichever process met it.
     """
-    if len(rank_rows.plan.shards) > 200:
+    if rank_rows.plan.n_lanes * len(rank_rows.plan.corpora) > 200:
         raise_open_file_limit()
     if n_workers == 0:
         yield from rank_rows.chunks(0, 1, n_rows)
@@ -136,7 +139,7 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
             raise DataError(
                 f"a loader worker died ({str(error).splitlines()[0]}); if the machine ran out of memory, "
                 "lower "
-                "data.workers or data.window"
+                "data.workers or data.window_tokens"
             ) from error
         for chunk in turn:
             if isinstance(chunk, DataError):

@@ -4,10 +4,18 @@ A run's rows come from L lanes in turn: row n is the next row of lane n mod L. L
 so the order of rows is the same for every number of ranks and loader workers that divides L.
 """
 
+from collections.abc import Mapping
+
 from dist_transformer.data.hashing import hash_key, permutation
 from dist_transformer.errors import DataError
 
-_SHARDS, _WINDOW, _ROWS, _NOISE = range(1, 5)
+# Different purposes draw from different keys.
+_SHARDS, _WINDOW, _ROWS, _NOISE, _CORPUS, MIXTURE = range(1, 7)
+
+RUN_WINDOW_TOKENS = 64 << 20
+"""Tokens in the windows of all lanes of a run together, at most: one rank may hold all lanes of a thousand shards."""
+SMALLEST_WINDOW = 16
+"""Samples in a window, at least: fewer would neither shuffle nor pack."""
 
 LANE_COUNTS = (
     *(1, 2, 4, 6, 8, 12, 16, 24, 36, 48, 60, 72, 96, 120, 180, 240, 360, 480),
@@ -38,31 +46,37 @@ def _is_smooth(number: int) -> bool:
     return number == 1
 
 
-def check_lanes(n_shards: int, dp_size: int, workers: int) -> int:
+def check_lanes(n_shards: Mapping[str, int], dp_size: int, workers: int) -> int:
     """The number of lanes, or a `DataError` whose fixes are ones that work.
 
+    All corpora of a run share the lanes, so the one with the fewest shards decides their number.
+
     Args:
-        n_shards: Shards of the train split.
+        n_shards: Shards of the train split of each corpus by name; where there is only one, it is not named.
         dp_size: Data-parallel ranks.
         workers: Loader processes per rank; 0 counts as 1.
     """
-    n_lanes, per_rank = count_lanes(n_shards), max(1, workers)
-    needed = dp_size * per_rank
+    smallest = min(n_shards, key=lambda name: n_shards[name])
+    fewest, per_rank = n_shards[smallest], max(1, workers)
+    n_lanes, needed = count_lanes(fewest), dp_size * per_rank
     if n_lanes % needed == 0:
         return n_lanes
+    several = len(n_shards) > 1
     fixes = []
-    if shards := _shards_for(needed, n_shards):
-        fixes.append(f"prepare with --shards {shards}")
+    if shards := _shards_for(needed, fewest):
+        short = [name for name, n in n_shards.items() if n < shards] if several else []
+        fixes.append(f"prepare {' and '.join(short)}{' ' if short else ''}with --shards {shards}")
     if fewer := next((w for w in range(per_rank - 1, 0, -1) if n_lanes % (dp_size * w) == 0), 0):
         fixes.append(f"set data.workers={fewer}")
     else:
         ranks = next(r for r in range(min(dp_size, n_lanes), 0, -1) if n_lanes % r == 0)
         with_workers = next(w for w in range(per_rank, 0, -1) if n_lanes % (ranks * w) == 0)
         fixes.append(f"use {_plural(ranks, 'rank')} x {_plural(with_workers, 'worker')}")
+    shards_given = _plural(fewest, "shard")
+    whose = f"the {shards_given} of corpus {smallest}" if several else f"these {shards_given}"
     raise DataError(
         f"{_plural(dp_size, 'rank')} x {_plural(per_rank, 'worker')} need a multiple of {needed} lanes; "
-        "these "
-        f"{_plural(n_shards, 'shard')} give {n_lanes}: {' or '.join(fixes)}"
+        f"{whose} give {n_lanes}: {' or '.join(fixes)}"
     )
 
 
@@ -83,6 +97,25 @@ def lane_shards(n_shards: int, n_lanes: int, lane: int, seed: int, epoch: int, s
     if not shuffle:
         return list(range(lane, n_shards, n_lanes))
     return [int(shard) for shard in permutation(n_shards, seed, _SHARDS, epoch)[lane::n_lanes]]
+
+
+def window_samples(n_samples: int, n_tokens: int, window: int, window_tokens: int, n_readers: int) -> int:
+    """Samples in a window of a corpus, from its manifest and the configuration alone.
+
+    Args:
+        n_samples: Of the split.
+        n_tokens: Of the split, both sides.
+        window: `data.window`, samples at most.
+        window_tokens: `data.window_tokens`, tokens at most.
+        n_readers: Lanes times corpora of the run: so many windows exist at the same time.
+    """
+    budget = min(window_tokens, RUN_WINDOW_TOKENS // n_readers)
+    return min(window, max(SMALLEST_WINDOW, budget * n_samples // max(1, n_tokens)))
+
+
+def corpus_seed(seed: int, corpus: int) -> int:
+    """Seed of the order and noise of a corpus: equal shards in two corpora are read differently."""
+    return seed if corpus == 0 else hash_key(seed, _CORPUS, corpus)
 
 
 def window_key(seed: int, epoch: int, shard: int, window: int) -> int:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_transformer.data.hashing import Shuffle, hash_array, hash_key, permutation
-from dist_transformer.data.order import check_lanes, count_lanes, lane_shards
+from dist_transformer.data.order import check_lanes, corpus_seed, count_lanes, lane_shards, window_samples
 from dist_transformer.errors import DataError
 
 
@@ -45,15 +45,18 @@ def test_lane_counts_divide_well() -> None:
     assert {n: count_lanes(n) for n in expected} == expected
 
 
-@given(st.integers(1, 600), st.integers(1, 300), st.integers(0, 8))
-def test_suggestions_for_lanes_work(n_shards: int, dp_size: int, workers: int) -> None:
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=3), st.integers(1, 300), st.integers(0, 8))
+def test_suggestions_for_lanes_work(sizes: list[int], dp_size: int, workers: int) -> None:
+    n_shards = {f"corpus{i}": size for i, size in enumerate(sizes)}
     try:
         assert check_lanes(n_shards, dp_size, workers) % (dp_size * max(1, workers)) == 0
     except DataError as error:
         sentence = str(error)
         assert re.match(rf"{dp_size} ranks? x {max(1, workers)} workers? need a multiple of", sentence)
         if found := re.search(r"--shards (\d+)", sentence):
-            assert check_lanes(int(found[1]), dp_size, workers)
+            short = [name for name in n_shards if re.search(rf"\b{name}\b", sentence.partition("prepare")[2])]
+            prepared = dict.fromkeys(short or n_shards, int(found[1]))
+            assert check_lanes(n_shards | prepared, dp_size, workers)
         if found := re.search(r"data.workers=(\d+)", sentence):
             assert check_lanes(n_shards, dp_size, int(found[1]))
         if found := re.search(r"use (\d+) ranks? x (\d+) worker", sentence):
@@ -66,9 +69,43 @@ def test_suggestions_for_lanes_work(n_shards: int, dp_size: int, workers: int) -
         )
 
 
+def test_the_sentence_names_the_corpora_that_limit() -> None:
+    assert check_lanes({"books": 48, "code": 400, "news": 50}, 8, 6) == 48
+    with pytest.raises(DataError) as error:
+        check_lanes({"code": 400, "books": 9, "news": 12}, 2, 8)
+    assert str(error.value) == (
+        "2 ranks x 8 workers need a multiple of 16 lanes; the 9 shards of corpus books give 8: prepare books and news "
+        "with --shards 16 or set data.workers=4"
+    )
+
+
+@given(
+    st.integers(1, 10**9),
+    st.integers(0, 10**12),
+    st.integers(1, 5000),
+    st.integers(1, 2**20),
+    st.integers(1, 5000),
+)
+def test_windows_are_bounded_by_samples_and_by_tokens(
+    n_samples: int, n_tokens: int, window: int, window_tokens: int, n_readers: int
+) -> None:
+    found = window_samples(n_samples, n_tokens, window, window_tokens, n_readers)
+    assert min(window, 16) <= found <= window
+    if found > 16:
+        assert found * n_tokens <= n_samples * window_tokens
+        assert found * n_tokens * n_readers <= n_samples * 64 * 2**20
+    elif found < window:
+        assert (found + 1) * n_tokens > n_samples * min(window_tokens, 64 * 2**20 // n_readers)
+
+
+def test_corpora_have_seeds_of_their_own() -> None:
+    assert corpus_seed(7, 0) == 7
+    assert len({corpus_seed(seed, corpus) for seed in range(5) for corpus in range(5)}) == 25
+
+
 def test_the_sentence_for_a_cluster() -> None:
     with pytest.raises(DataError) as error:
-        check_lanes(403, 128, 4)
+        check_lanes({"books": 403}, 128, 4)
     assert str(error.value) == (
         "128 ranks x 4 workers need a multiple of 512 lanes; these 403 shards give 360: prepare with "
         "--shards 512 or "

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from dist_transformer.config import build_config
+from dist_transformer.config import DataConfig
 from dist_transformer.train.evaluate import Sample, score_texts, set_name
 from dist_transformer.train.hooks import write_samples
 
@@ -25,10 +25,14 @@ REFERENCES = ["Ein Hund läuft schnell.", "Zwei Männer spielen Ball im Park.", 
     ],
 )
 def test_set_name(folder: str, name: str) -> None:
-    config = build_config(
-        {"run": {"dir": "x"}, "data": {"train": "x", "eval": folder}, "train": {"steps": 1}}
-    )
-    assert set_name(config) == name
+    data = DataConfig(train="x", eval=folder)
+    assert set_name(data, data.corpora()[0]) == name
+
+
+def test_set_names_of_a_mixture_are_the_corpora() -> None:
+    parts = [{"train": "shards/a b", "eval": "held"}, {"train": "c", "eval": "held", "name": "news/2024"}]
+    data = DataConfig(mixture=parts)
+    assert [set_name(data, corpus) for corpus in data.corpora()] == ["a_b", "news_2024"]
 
 
 def test_scores_are_sacrebleus() -> None:
@@ -43,6 +47,7 @@ def test_samples_are_three_lines_each(tmp_path: Path) -> None:
     samples = [Sample("a\nb", "c", "d"), Sample("e", "", "f\r\ng")]
     path = write_samples(tmp_path, 12, samples)
     assert path == tmp_path / "samples" / "step-00000012.txt"
+    assert write_samples(tmp_path, 12, samples, "news").name == "step-00000012-news.txt"
     blocks = path.read_text(encoding="utf-8").split("\n\n")
     assert [len(block.strip("\n").splitlines()) for block in blocks] == [3, 3]
     assert "source:    a⏎b" in blocks[0]
