@@ -1,4 +1,4 @@
-"""Packing: the (source, target) samples of a window into rows of (max_source_len, max_target_len)."""
+"""Packing: the (source, target) samples of a window into rows of (max_source_len, max_target_len), or buckets."""
 
 import numpy as np
 
@@ -98,6 +98,9 @@ def _balance(source: Int64, target: Int64, n_left: Int64, max_source_len: int, m
 def bucket(source_lengths: Int64, target_lengths: Int64, n_tokens: int) -> tuple[Int64, Int64]:
     """Batches of samples of similar length, each sample in a row of its own.
 
+    Samples are sorted by their longer side, then by the other one: of the orders tried on translation and on
+    data-to-text pairs (by one side, by the sum, by both in a snake), this gives the fewest buckets.
+
     Args:
         source_lengths: [N], each at most `n_tokens`.
         target_lengths: [N], each at most `n_tokens`.
@@ -107,13 +110,13 @@ def bucket(source_lengths: Int64, target_lengths: Int64, n_tokens: int) -> tuple
         (order, n_samples): the samples of bucket 0, bucket 1, ..., from the shortest to the longest, and how many
         each bucket has. Samples of equal lengths stay in the order given.
     """
-    order = np.lexsort((source_lengths, source_lengths + target_lengths))
+    longer = np.maximum(source_lengths, target_lengths)
+    order = np.lexsort((np.minimum(source_lengths, target_lengths), longer))
     n_samples: list[int] = []
-    count = longest = 0
-    for length in np.maximum(source_lengths, target_lengths)[order].tolist():
-        longest = max(longest, length)
-        if count and (count + 1) * longest > n_tokens:
+    count = 0
+    for length in longer[order].tolist():
+        if (count + 1) * length > n_tokens:
             n_samples.append(count)
-            count, longest = 0, length
+            count = 0
         count += 1
     return order, np.asarray([*n_samples, count][: len(order)], np.int64)

@@ -19,6 +19,8 @@ _LOOKAHEAD = 8
 """Documents of each queue that are tried where a row closes."""
 _CUT_COST = 0.004
 """Share of a row that may stay empty before another cut is worth it."""
+_CHEAP = 1.5 * _CUT_COST
+"""Cost at which no better way to close a row is looked for."""
 _GREEDY = 2.0
 """Documents that a row must have room for before it is closed with care."""
 
@@ -210,7 +212,9 @@ class _Filler:
         return rest.source <= self._free[0] and rest.target <= self._free[1]
 
     def _best_closing(self) -> _Closing | None:
-        """The cheapest way to use what is free; None where nothing fits."""
+        """The cheapest way to use what is free, or the first that is cheap; None where nothing fits."""
+        if self._free[0] < 1 or self._free[1] < 2:  # EOS, and a token and EOS
+            return None
         heads = [
             _Head(queue, place, rest)
             for queue, rests in enumerate(self._queues)
@@ -228,6 +232,8 @@ class _Filler:
             free = self._free[0] - rest.source, self._free[1] - rest.target
             if min(free) < 0:
                 continue
+            if best.cost < _CHEAP:
+                break
             takes = [(head.queue, head.place, rest.length)]
             cost = _CUT_COST * (rest.length < rest.left)
             best = best.or_less(cost + self._wasted(*free), takes)
