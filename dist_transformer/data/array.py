@@ -216,9 +216,13 @@ def _move_shards(out: Path, moves: list[tuple[str, str, int]]) -> None:
     for old, new, n_bytes in moves:
         source, target = out / PARTS_NAME / old, out / new
         if source.exists():
-            source.replace(target)
+            _rename(source, target)
         elif not target.exists() or target.stat().st_size != n_bytes:
             raise DataError(f"shard {source} is gone, and {target} is not it: prepare the folder again")
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.replace(target)
 
 
 def _copy(source: Path, target: Path) -> None:

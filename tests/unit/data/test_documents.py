@@ -140,7 +140,7 @@ def test_a_field_below_what_is_no_object(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"translation": {"en": "a"}}\n{"translation": "b"}\n')
     reading = Reading("line", "error", "error", ("translation.en",))
-    with pytest.raises(DataError, match="line 2: no field 'translation.en'"):
+    with pytest.raises(DataError, match=r"line 2: no field 'translation\.en'"):
         scan(Input((str(path),), reading))
 
 

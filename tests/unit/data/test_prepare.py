@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -204,51 +203,6 @@ def test_default_shards() -> None:
     assert default_shards(20 << 20, 52, 5_000) == 24
     assert default_shards(10 << 30, 10**7, 10**7) == 180
     assert default_shards(1 << 50, 10**9, 10**9) == 30720
-
-
-@pytest.mark.parametrize("stage", ["part", "shard"])
-def test_killed_and_continued(tmp_path: Path, stage: str) -> None:
-    """SIGKILL in the middle of a stage; the same command then gives what an uninterrupted one gives."""
-    path = tmp_path / "in.txt"
-    path.write_text("\n".join(f"{i} {line}" for i, line in enumerate(sentences(4000))) + "\n")
-    script = tmp_path / "main.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys, time
-        from dist_transformer.data import preparation, spill
-        from dist_transformer.data.prepare import prepare_text
-        if __name__ == "__main__":
-            path, out, stage = sys.argv[1:]
-            slow = {"part": (spill, "_tokenise"), "shard": (spill, "write_shard")}
-            if stage in slow:
-                module, name = slow[stage]
-                original = getattr(module, name)
-                calls = []
-                def slowed(*arguments):
-                    calls.append(1)
-                    if len(calls) == (1 if stage == "part" else 6):
-                        print("there", flush=True)
-                        time.sleep(60)
-                    return original(*arguments)
-                setattr(module, name, slowed)
-            prepare_text([path], out, vocab_size=500, workers=1)
-        """)
-    )
-    command = [sys.executable, str(script), str(path), str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [*command, stage], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "there\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with pytest.raises(DataError, match="is half-written"):
-        load_manifest(tmp_path / "out")
-    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.tar")}
-    assert len(finished) == (5 if stage == "shard" else 0)
-    prepare_text([path], tmp_path / "out", **OPTIONS)
-    assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in finished.items()), "kept"
-    prepare_text([path], tmp_path / "whole", **OPTIONS)
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
 def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
