@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from dist_transformer.config.data import RemoteConfig
-from dist_transformer.data.remote import download, fetch_bytes, is_disk_full
+from dist_transformer.data.remote import download, fetch_bytes, is_disk_full, size_of
 from dist_transformer.errors import DataError
 
 _WHOLE = re.compile(r"[0-9a-f]{64}")
@@ -56,6 +56,24 @@ class ShardCache:
             # Opened before the lock goes: from then on it may be removed, which an open file survives.
             with self._fetched(url, size, sha256) as path, suppress(FileNotFoundError):
                 return path.open("rb", buffering=0)
+
+    def fetch_unknown(self, url: str) -> FileIO:
+        """A file of which nothing is known yet, open for reading.
+
+        Raises:
+            DataError: as `open`.
+        """
+        size = size_of(url, self.options)
+        partial = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()}.{size}.partial"
+        with self._explain_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _lock(partial) as file:
+                self._make_room(size, partial)
+                download(url, file, None, self.options, self._limit)
+                file.seek(0)
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                whole = partial.replace(self.folder / sha256)
+                return whole.open("rb", buffering=0)
 
     def has(self, sha256: str) -> bool:
         """Whether the file of this content is here."""

@@ -57,6 +57,13 @@ class SampleLayout:
             return tuple(dict.fromkeys(field.partition(":")[0] for field in self.foreign_fields))
         return (RAW_FIELDS if self.is_raw else TOKEN_FIELDS)[self.kind]
 
+    @property
+    def how_to_mend(self) -> str:
+        """The end of a sentence about a damaged shard."""
+        if self.foreign_fields:
+            return "mend the tar, or write the index again without it"
+        return "copy it again or prepare with --overwrite"
+
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.members)}

@@ -35,6 +35,15 @@ def fetch_bytes(url: str, options: RemoteConfig) -> bytes:
     return content.getvalue()
 
 
+def size_of(url: str, options: RemoteConfig) -> int:
+    """Bytes of a file as its server tells them; 0 where it does not. What is wrong is found by fetching it."""
+    filesystem, path = _filesystem(url, options.timeout_s)
+    try:
+        return int(filesystem.size(path) or 0)
+    except Exception:  # what a file system raises depends on which one it is
+        return 0
+
+
 def download(
     url: str, file: BinaryIO, size: int | None, options: RemoteConfig, limit: int | None = None
 ) -> None:

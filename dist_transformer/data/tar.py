@@ -119,12 +119,12 @@ class TarReader:
             return None
         if len(header) < _BLOCK:
             raise TarDamageError(f"it ends at byte {self.size}, inside a header")
+        if self._next == 0 and header.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+            raise TarDamageError("it is compressed: decompress it, only plain tars are read")
         # Adler-32's lower half is 1 + the sum of the bytes modulo 65521: a sum at the speed of C. The checksum
         # counts its own eight bytes as spaces.
         rest = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
         if (_number(header[148:156]) - 8 * 32 + 1 - rest) % 65521:
-            if header[:2] == b"\x1f\x8b" or header[:4] == b"\x28\xb5\x2f\xfd":
-                raise TarDamageError("it is compressed: decompress it, only plain tars are read")
             raise TarDamageError(f"byte {self._next} begins no tar header")
         return header
 

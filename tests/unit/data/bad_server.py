@@ -65,6 +65,12 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return self._answer(200, content, "", fault)
 
+    def do_HEAD(self) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(path.stat().st_size) if path.is_file() else "0")
+        self.end_headers()
+
     def _answer(self, status: int, body: bytes, content_range: str = "", fault: Any = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
