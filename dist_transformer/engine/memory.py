@@ -1,0 +1,113 @@
+"""Bytes of a model's states on a rank: counted from its tensors, and by formula."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dist_transformer.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a rank holds between an update's backward pass and its step."""
+
+    parameters: int
+    """Those that the model computes with."""
+    gradients: int
+    optimizer: int
+    """Master weights and moments."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_bytes(engine: Engine) -> StateBytes:
+    """This rank's bytes, from the tensors that are alive: after `accumulate`, and after at least one update.
+
+    A storage counts once, as the first of parameter, gradient, optimizer state that holds it.
+    """
+    seen: set[int] = set()
+    optimizer = engine.optimizer
+    return StateBytes(
+        _count(_parameters(engine), seen),
+        _count(_gradients(engine, optimizer), seen),
+        _count(_optimizer_tensors(optimizer), seen),
+    )
+
+
+def expected_bytes(n_parameters: int, zero_stage: int, dp_size: int, tp_size: int = 1) -> float:
+    """By formula, for bf16 with fp32 master weights and gradients in bf16 (Rajbhandari et al. 2020, figure 1).
+
+    2 bytes of parameter, 2 of gradient, and 12 of master weight and Adam's two moments; ZeRO divides the last, the
+    last two, or all three by the data-parallel ranks, tensor parallelism all of them.
+    """
+    n = dp_size
+    per_parameter = {0: 16.0, 1: 4 + 12 / n, 2: 2 + 14 / n, 3: 16 / n}[zero_stage]
+    return per_parameter * n_parameters / tp_size
+
+
+def _parameters(engine: Engine) -> Iterator[Tensor]:
+    for parameter in engine.model.parameters():
+        yield parameter.data
+        part = getattr(parameter, "ds_tensor", None)
+        if part is not None:
+            yield part
+
+
+def _gradients(engine: Engine, optimizer: Any) -> Iterator[Tensor]:
+    for parameter in engine.model.parameters():
+        if parameter.grad is not None:
+            yield parameter.grad
+    for name in _GRADIENTS:
+        yield from _tensors(getattr(optimizer, name, None))
+
+
+_GRADIENTS = (
+    "averaged_gradients",
+    "fp32_groups_gradients_flat",
+    "fp32_groups_gradient_flat_partition",
+    "grad_partitions_flat_buffer",
+)
+"""Where DeepSpeed's wrappers keep them: stages 2, 1 in fp32, and 3."""
+
+_MASTERS = (
+    "fp32_groups",
+    "fp32_groups_flat_partition",
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+)
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    for name in _MASTERS:
+        yield from _tensors(getattr(optimizer, name, None))
+    for state in optimizer.state.values():
+        yield from _tensors(state)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _count(tensors: Iterator[Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+__all__ = ["StateBytes", "expected_bytes", "state_bytes"]
