@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_transformer.data.documents import Input
-from dist_transformer.data.folder import PARTS_NAME, Recipe, describe_difference, read_description
+from dist_transformer.data.folder import Recipe, describe_difference, read_description
 from dist_transformer.data.manifest import (
     MANIFEST_NAME,
+    PARTS_NAME,
     PREPARATION_NAME,
     SPLITS,
     TOKENIZER_NAME,

@@ -15,8 +15,6 @@ from dist_transformer.data.tokenizer import Model
 from dist_transformer.errors import DataError
 
 WORK_NAME = ".work"
-PARTS_NAME = "parts"
-"""Below the folder of an array: what each task writes, until it is merged."""
 _OWN = re.compile(r"(train|eval)-\d{5,}\.tar|manifest\.json|prepare\.json|tokenizer\.json")
 
 

@@ -25,6 +25,8 @@ from dist_transformer.errors import DataError
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 PREPARATION_NAME = "prepare.json"
+PARTS_NAME = "parts"
+"""Below a folder that several tasks prepare: what each of them writes, until it is merged."""
 FORMAT = 1
 MARK_EVERY = 1024
 """Samples between two places from which a shard can be read."""
@@ -211,6 +213,11 @@ def _read_local(root: Path) -> bytes:
     try:
         return (root / MANIFEST_NAME).read_bytes()
     except FileNotFoundError:
+        if (root / PARTS_NAME).is_dir():
+            raise DataError(
+                f"{root} was prepared by several tasks, and its parts are not merged yet: run "
+                f"`dist-transformer prepare merge {root}` when all of them are done"
+            ) from None
         if (root / PREPARATION_NAME).exists():
             raise DataError(
                 f"{root} is half-written (no {MANIFEST_NAME} yet): run the same `dist-transformer prepare` "
