@@ -36,6 +36,8 @@ class TrainerState:
     """Samples cut to a row's length, in the whole run."""
     n_dropped: int = 0
     """Samples left out for their length, in the whole run."""
+    n_bad_samples: int = 0
+    """Samples lost to damaged or unreachable shards, in the whole run."""
     data: dict[str, Any] | None = None
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
 

@@ -25,13 +25,13 @@ class StepTotals:
     n_pairs: int
     n_truncated: int
     n_dropped: int
-    n_bad: int
-    """Samples lost to bad shards."""
     useful: Work
     """Real tokens, and each sample's own pairs."""
     executed: Work
     """Positions and pairs of whole rows."""
-    fingerprint: int | None = None
+    fingerprint: int
+    n_bad: int = 0
+    """Samples lost to bad shards."""
     problems: list[str] = field(default_factory=list)
     """Sentences about the lost samples."""
 

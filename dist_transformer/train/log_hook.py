@@ -39,6 +39,7 @@ class LogHook:
     _since: list[StepReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._n_bad_told = self.state.n_bad_samples
         self._before = self.accounts.totals()
         self._peak: Peak | None = None
         if (log := self.outlets.log) is not None:
@@ -57,9 +58,22 @@ class LogHook:
         if not report.result.applied:
             text = f"update {report.step} skipped: loss or gradient not finite"
             self.outlets.alert(report.step, text, kind="nonfinite")
+        if report.totals.n_bad:
+            self._tell_of_bad_samples(report)
         if report.step % self.config.tracking.every == 0 or report.is_last or report.step == 1:
             self._write(report)
             self._since.clear()
+
+    def _tell_of_bad_samples(self, report: StepReport) -> None:
+        """The first time, and whenever twice as many are lost as at the last."""
+        n_bad = self.state.n_bad_samples
+        if n_bad < 2 * self._n_bad_told:
+            return
+        self._n_bad_told = n_bad
+        why = f": {report.totals.problems[0]}" if report.totals.problems else ""
+        self.outlets.alert(
+            report.step, f"{n_bad:,} samples of bad shards are left out so far{why}", kind="data"
+        )
 
     def _write(self, report: StepReport) -> None:
         sums = sum_over_data_parallel(report.result.sums.double(), self.engine.mesh).tolist()
@@ -75,7 +89,7 @@ class LogHook:
         }
         if (free := self._monitor.disk_free_gib()) is not None:
             values["health/disk_free_gib"] = free
-        if report.totals.fingerprint is not None:
+        if self.config.data.fingerprint:
             values["data/fingerprint"] = f"{report.totals.fingerprint:016x}"
         self.outlets.log.log("train", report.step, values)
         if self.outlets.console is not None:
@@ -98,6 +112,7 @@ class LogHook:
             "train/pairs": report.totals.n_pairs,
             "data/truncated": self.state.n_truncated,
             "data/dropped": self.state.n_dropped,
+            "data/bad_samples": self.state.n_bad_samples,
         }
 
     def _speed(self) -> Values:

@@ -2,10 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
@@ -15,17 +13,16 @@ from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
 from dist_transformer.engine.engine import Engine
-from dist_transformer.errors import ConfigError, UserError
-from dist_transformer.model.flops import Work, executed_work, useful_work
+from dist_transformer.errors import ConfigError, DataError, UserError
 from dist_transformer.parallel.collectives import (
     barrier,
     gather_objects,
     raise_together,
-    sum_over_ranks,
 )
 from dist_transformer.parallel.mesh import Mesh, open_mesh
 from dist_transformer.tracking import Console, MetricsLog, build_sinks
 from dist_transformer.tracking.accounts import TimeAccounts
+from dist_transformer.train.agreement import agree
 from dist_transformer.train.collective_clock import time_collectives
 from dist_transformer.train.faults import BadSteps, StopSignals
 from dist_transformer.train.guard import Guard
@@ -35,7 +32,6 @@ from dist_transformer.train.hooks import (
     Hook,
     Outlets,
     StepReport,
-    StepTotals,
 )
 from dist_transformer.train.log_hook import LogHook
 from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
@@ -96,7 +92,9 @@ class Trainer:
             state=self.state.data,
         )
         self.evaluation = (
-            EvaluateHook(config, self.engine, tokenizer, self.state, outlets) if config.data.eval else None
+            EvaluateHook(config, self.engine, tokenizer, self.state, outlets)
+            if any(corpus.eval for corpus in config.data.corpora())
+            else None
         )
         self.saving = CheckpointHook(config, self.engine, self.state, outlets)
         self.hooks: list[Hook] = [
@@ -140,12 +138,18 @@ class Trainer:
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
         step, start = self.state.step + 1, time.perf_counter()
         self.guard.enter("waiting for data", step)
+        micro_batches: list[Batch] = []
+        error: DataError | None = None
         with self.accounts.spend("input"):
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except DataError as problem:
+                error = problem
         data_time_s = time.perf_counter() - start
         with self.accounts.spend("compute"):
             self.guard.enter("training", step)
-            totals, stop, save = self._agree(micro_batches)
+            wishes = self.guard.stop_requested, self.guard.save_requested
+            totals, stop, save = agree(micro_batches, error, *wishes, self.mesh)
             result = self.engine.train_step(micro_batches, totals.n_target_tokens, step)
         for batch in micro_batches:
             self.stream.advance(batch)
@@ -154,37 +158,13 @@ class Trainer:
         self.state.tokens_seen += totals.n_source_tokens + totals.n_target_tokens
         self.state.n_truncated += totals.n_truncated
         self.state.n_dropped += totals.n_dropped
+        self.state.n_bad_samples += totals.n_bad
         self.state.n_bad_steps = self.bad_steps.total
         is_last = stop or step == self.config.train.steps
         save = save or is_last or step % self.config.checkpoint.every == 0
         if save:
             self.state.data = merge_states(gather_objects(self.stream.state(), self.mesh))
         return StepReport(step, is_last, save, totals, result, time.perf_counter() - start, data_time_s)
-
-    def _agree(self, micro_batches: Sequence[Batch]) -> tuple[StepTotals, bool, bool]:
-        """Counts of the global batch, and whether a rank was asked to stop or to save: one small all-reduce a step."""
-        wants_fingerprint = self.config.data.fingerprint
-        hashes = sum(batch.fingerprint for batch in micro_batches) % 2**64
-        useful, executed = _work(micro_batches)
-        local = [
-            *useful.as_tuple(),
-            *executed.as_tuple(),
-            sum(batch.n_source_tokens for batch in micro_batches),
-            sum(batch.n_target_tokens for batch in micro_batches),
-            sum(batch.n_pairs for batch in micro_batches),
-            sum(batch.n_truncated for batch in micro_batches),
-            sum(batch.n_dropped for batch in micro_batches),
-            int(self.guard.stop_requested),
-            int(self.guard.save_requested),
-            hashes >> 32,
-            hashes & 0xFFFFFFFF,
-        ]
-        values = torch.tensor(local, dtype=torch.int64, device=self.mesh.device)
-        # Over all ranks, since each may be the one that was told; tensor-parallel peers have the same batches.
-        *sums, stop, save, high, low = sum_over_ranks(values, self.mesh).tolist()
-        counts, n_copies = [value // self.mesh.tp_size for value in sums], self.mesh.tp_size
-        combined = ((high << 32) + low) // n_copies % 2**64 if wants_fingerprint else None
-        return _totals(counts, combined), stop > 0, save > 0
 
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""
@@ -201,24 +181,10 @@ class Trainer:
             f"{config.train.global_batch_size} rows a step = {mesh.dp_size} x {config.train.micro_batch_size} "
             f"x {grad_accum_steps(config, mesh.dp_size)} micro-steps"
         )
+        for corpus in self.stream.corpora:
+            self.outlets.message(corpus.describe(config.train.steps * config.train.global_batch_size))
         if self.state.step:
             self.outlets.message(f"resuming after step {self.state.step:,} of {config.train.steps:,}")
-
-
-def _work(micro_batches: Sequence[Batch]) -> tuple[Work, Work]:
-    """What this rank's share of the step needs, and what is executed for it."""
-    useful, executed = Work(), Work()
-    for batch in micro_batches:
-        n_rows, source_len = batch.encoder_segment_ids.shape
-        useful += useful_work(batch.encoder_segment_ids, batch.decoder_segment_ids)
-        executed += executed_work(n_rows, source_len, batch.decoder_segment_ids.shape[1])
-    return useful, executed
-
-
-def _totals(counts: Sequence[int], combined: int | None) -> StepTotals:
-    useful, executed = Work(*counts[:5]), Work(*counts[5:10])
-    n_source, n_target, n_pairs, n_truncated, n_dropped = counts[10:]
-    return StepTotals(n_source, n_target, n_pairs, n_truncated, n_dropped, useful, executed, combined)
 
 
 def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
