@@ -131,6 +131,7 @@ class LaneReader:
             if self._reader is not None:
                 self._reader.close()
             self._reader = self.plan.shards.open(shard)
+            self.plan.shards.prefetch(self._shard_after(place))
             self._reader.skip(place.window * self.plan.window)
         self._reader_place = replace(place, window=place.window + 1)
         return self._reader.read(self.plan.window)
@@ -146,9 +147,19 @@ class LaneReader:
             return Cursor(place.epoch, place.shard + 1)
         return Cursor(place.epoch + 1)
 
+    def _shard_after(self, place: Cursor) -> int:
+        """The shard that the lane reads after the one at `place`."""
+        if place.shard + 1 < len(self._shards):
+            return self._shards[place.shard + 1]
+        return dealt_shards(self.plan, self.lane, self.n_lanes, place.epoch + 1)[0]
+
     def _epoch_shards(self, epoch: int) -> list[int]:
         if epoch != self._shards_epoch:
-            n_shards, plan = len(self.plan.shards), self.plan.windows
-            self._shards = lane_shards(n_shards, self.n_lanes, self.lane, plan.seed, epoch, plan.shuffle)
+            self._shards = dealt_shards(self.plan, self.lane, self.n_lanes, epoch)
             self._shards_epoch = epoch
         return self._shards
+
+
+def dealt_shards(plan: CorpusPlan, lane: int, n_lanes: int, epoch: int) -> list[int]:
+    """The shards of a lane in an epoch, in the order in which it reads them."""
+    return lane_shards(len(plan.shards), n_lanes, lane, plan.windows.seed, epoch, plan.windows.shuffle)

@@ -9,6 +9,7 @@ children share that memory.
 """
 
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_transformer.data.batch import Cursor, as_numbers
-from dist_transformer.data.lanes import LaneReader, LaneRow
+from dist_transformer.data.lanes import LaneReader, LaneRow, dealt_shards
 from dist_transformer.data.plan import RunPlan
 from dist_transformer.data.pool import exit_with_parent
 from dist_transformer.data.rows import PlacedRows, Rows
 from dist_transformer.errors import DataError
 
+_FIRST_ROWS = 64
+"""Rows whose remote shards are asked for before the first is delivered."""
 _SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -58,6 +61,7 @@ class RankRows:
         readers: dict[tuple[int, int], LaneReader] = {}
         n_lanes = self.plan.n_lanes
         local = self.first_local_row + worker
+        self._prefetch(range(local, local + _FIRST_ROWS * n_workers, n_workers))
         while True:
             number = local * self.dp_size + self.dp_rank
             lane, corpus = number % n_lanes, self.plan.mixture.corpus_of(number)
@@ -67,6 +71,16 @@ class RankRows:
                 readers[place] = LaneReader(self.plan.corpora[corpus], lane, n_lanes, cursor)
             yield number, lane, readers[place].next_row()
             local += n_workers
+
+    def _prefetch(self, local_rows: range) -> None:
+        """Have the shards that these rows come from fetched together, not one after the other as rows fall due."""
+        for local in local_rows:
+            number = local * self.dp_size + self.dp_rank
+            lane, corpus = number % self.plan.n_lanes, self.plan.mixture.corpus_of(number)
+            plan = self.plan.corpora[corpus]
+            if plan.shards.is_remote:
+                cursor = self.cursors.get((corpus, lane), Cursor())
+                plan.shards.prefetch(dealt_shards(plan, lane, self.plan.n_lanes, cursor.epoch)[cursor.shard])
 
     def chunks(self, worker: int, n_workers: int, n_rows: int) -> Iterator[PlacedRows]:
         """`iterate` in chunks of n_rows."""
@@ -169,6 +183,8 @@ def _prepare_worker(_: int) -> None:
     torch.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    # Of raw shards, text is tokenised here: a worker is one core's work.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     exit_with_parent()
     raise_open_file_limit()
 

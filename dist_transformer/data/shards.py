@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -140,6 +141,11 @@ class ShardSet:
         return ShardReader(
             info.location, file, self.layout, info.n_samples, info.marks, self.skip_bad, problem
         )
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any shard is fetched before it is read."""
+        return any(is_url(info.base) for info in self.infos)
 
     def prefetch(self, shard: int) -> None:
         """Have a shard that will be wanted soon fetched in the background; nothing to do for a local one."""

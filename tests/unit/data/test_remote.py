@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from dist_transformer.config.data import DataConfig, RemoteConfig
+from dist_transformer.data.batch import Cursor
 from dist_transformer.data.cache import Fetchers, ShardCache
+from dist_transformer.data.lanes import LaneReader
 from dist_transformer.data.manifest import load_manifest
+from dist_transformer.data.plan import RunPlan, load_corpora
 from dist_transformer.data.remote import fetch_bytes
 from dist_transformer.data.shards import ShardSet
+from dist_transformer.data.stream import TrainStream
 from dist_transformer.errors import DataError
 from tests.unit.data.bad_server import BadServer, serving
 from tests.unit.data.conftest import MakeShards, numbered_pairs
@@ -360,3 +364,34 @@ class TestCache:
 def _open_in_process(options: RemoteConfig, url: str, size: int, sha256: str) -> None:
     with ShardCache(options).open(url, size, sha256) as file:
         assert len(file.read()) == size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_a_url_is_the_run_on_the_folder(
+    tmp_path: Path, folder: Path, server: BadServer, remote: RemoteConfig, workers: int
+) -> None:
+    def batches(location: str) -> list[list[list[int]]]:
+        data = DataConfig(
+            train=location, objective="pairs", max_source_len=32, max_target_len=32, window=16, remote=remote,
+            workers=workers,
+        )  # fmt: skip
+        with TrainStream(data, seed=1, dp_rank=0, dp_size=1, micro_batch_size=4) as stream:
+            iterator = iter(stream)
+            return [next(iterator).encoder_input_tokens.tolist() for _ in range(20)]
+
+    assert batches(f"{server.url}/data") == batches(str(folder))
+    assert [server.count(f"train-0000{i}.tar") for i in range(3)] == [1, 1, 1]
+
+
+def test_a_lane_has_its_next_shard_fetched(folder: Path, server: BadServer, remote: RemoteConfig) -> None:
+    data = DataConfig(
+        train=f"{server.url}/data", objective="pairs", max_source_len=32, max_target_len=32, remote=remote,
+        shuffle=False,
+    )  # fmt: skip
+    plan = RunPlan.build(data, load_corpora(data), n_lanes=1, seed=1)
+    lane = LaneReader(plan.corpora[0], 0, 1, Cursor())
+    assert lane.next_row().cursor.shard == 0
+    deadline = time.monotonic() + 60
+    while len(files_in(remote)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [server.count(f"train-0000{i}.tar") for i in range(3)] == [1, 1, 0]
