@@ -107,9 +107,7 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, help="folder with multi30k/, e2e/ and novels/")
     parser.add_argument("--work", type=Path, help="folder for shards (default: a temporary one)")
     parser.add_argument("--keep", action="store_true", help="leave the shards in --work")
-    parser.add_argument(
-        "--seconds", type=float, default=15.0, help="length of one timed stretch (default: 15)"
-    )
+    parser.add_argument("--windows", type=int, default=2, help="of each lane in a timed stretch (default: 2)")
     parser.add_argument(
         "--repeats", type=int, default=3, help="timed stretches of each, in turns (default: 3)"
     )

@@ -2,11 +2,23 @@
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are one sentence and exit code 2, as wrong configuration is."""
+
+    _is_parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options may stand between arguments: argparse alone takes `CONFIG --rows 2 data.window=8` for a mistake."""
+        if self._subparsers is not None or self._is_parsing:
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True  # what is called next calls this again, for options and for the rest
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

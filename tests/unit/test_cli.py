@@ -185,3 +185,17 @@ def test_options_of_preparation_are_the_functions_own(monkeypatch: pytest.Monkey
     pairs = parser.parse_args(["prepare", "pairs", "--source", "a", "--target", "b", "--out", "x"])
     for options, function in ((text, prepare_text), (pairs, prepare_pairs)):
         assert set(prepare._prepare_options(options)) <= set(inspect.signature(function).parameters)
+
+
+def test_options_may_stand_between_arguments() -> None:
+    """Overrides are the last arguments of several commands, and options are written anywhere."""
+    parser = cli.build_parser()
+    for line in (
+        "data inspect c.yaml a.b=1 a.c=2 --rows 3",
+        "data inspect --rows 3 c.yaml a.b=1 a.c=2",
+        "data inspect c.yaml --rows 3 a.b=1 a.c=2",
+        "data inspect c.yaml a.b=1 --rows=3 a.c=2",
+    ):
+        options = parser.parse_args(line.split())
+        assert (options.what, options.overrides, options.rows) == ("c.yaml", ["a.b=1", "a.c=2"], 3)
+    assert parser.parse_args(["data", "inspect", "c.yaml"]).overrides == []
