@@ -1,0 +1,172 @@
+"""A run does not depend on its layout: first weights, losses and gradient norms of 20 steps; what a rank holds."""
+
+import pytest
+import torch
+
+from dist_transformer.engine.build import build_part
+from dist_transformer.engine.deepspeed_config import build_deepspeed_config
+from dist_transformer.engine.engine import Engine
+from dist_transformer.engine.memory import StateBytes, expected_bytes, state_bytes
+from dist_transformer.model import build_model
+from dist_transformer.parallel.regions import TensorParallel
+from tests.dist.harness import Mesh, run_ranks
+from tests.dist.layouts import N_ROWS, PRESETS, Case, Course, compare, config_of, courses
+from tests.dist.test_gradients import part, rows_of
+from tests.tools.live_bytes import LiveBytes
+
+# (ranks, tp) and, for each preset, the stages with and without sequence parallelism: each stage and each way thrice.
+LAYOUTS: dict[tuple[int, int], list[list[tuple[int, bool]]]] = {
+    (2, 2): [[(0, True), (3, False)], [(1, False), (2, True)], [(3, True), (0, False)]],
+    (4, 2): [[(1, True), (3, True)], [(0, True), (3, False)], [(2, True), (1, False)]],
+    (4, 4): [[(2, False)], [(3, True)], [(0, True)]],
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Course]:
+    """Each preset on one rank without ZeRO."""
+    [found] = run_ranks(1, courses, [Case(preset) for preset in PRESETS])
+    return dict(zip(PRESETS, found, strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "tp_degree"), LAYOUTS)
+def test_twenty_steps_are_the_same(ranks: int, tp_degree: int, alone: dict[str, Course]) -> None:
+    cases = [
+        Case(preset, zero_stage=stage, sequence_parallel=sequence)
+        for preset, layouts in zip(PRESETS, LAYOUTS[ranks, tp_degree], strict=True)
+        for stage, sequence in layouts
+    ]
+    found = run_ranks(ranks, courses, cases, tp_degree=tp_degree)
+    assert found[0][0].initial
+    for rank in found:
+        for case, mine in zip(cases, rank, strict=True):
+            compare(mine, alone[case.preset], case)
+
+
+def test_more_than_the_layout_differs(alone: dict[str, Course]) -> None:
+    """Micro-steps, recomputation, offloading and bf16 with tensor parallelism."""
+    preset = "modern_small"
+    exact = [
+        Case(preset, 2, offload="optimizer", micro_steps=2),
+        Case(preset, 3, offload="all"),
+        Case(preset, 3, recompute="selective", micro_steps=2),
+        Case("vaswani2017_base", 3, recompute="selective"),
+        Case(preset, 1, recompute="full", sequence_parallel=False),
+    ]
+    rounded = [Case(preset, stage, precision="bf16") for stage in (0, 1, 2, 3)]
+    found = run_ranks(2, courses, [*exact, *rounded], tp_degree=2)[1]
+    for case, mine in zip(exact, found, strict=False):
+        compare(mine, alone[case.preset], case)
+    expected = alone[preset]
+    for case, mine in zip(rounded, found[len(exact) :], strict=True):
+        assert mine.losses == pytest.approx(expected.losses, rel=2e-2), case
+        assert mine.norms == pytest.approx(expected.norms, rel=5e-2), case
+
+
+def test_steps_scaled_to_each_parameter() -> None:
+    """RMS-scaled AdamW: the root mean square is the whole parameter's, wherever its parts are."""
+    [[expected]] = run_ranks(1, courses, [Case("t5_v1_1_small", optimizer="adamw_rms", n_steps=5)])
+    cases = [
+        Case("t5_v1_1_small", stage, optimizer="adamw_rms", n_steps=5, precision=precision)
+        for stage, precision in [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
+    ]
+    for case, mine in zip(cases, run_ranks(4, courses, cases, tp_degree=2)[3], strict=True):
+        relative = 1e-5 if case.precision == "fp32" else 1e-2
+        assert mine.losses == pytest.approx(expected.losses, rel=relative), case
+
+
+WIDE = (
+    ("d_model", 64),
+    ("d_ff", 256),
+    ("n_heads", 4),
+    ("n_kv_heads", 4),
+    ("head_dim", 16),
+    ("vocab_size", 2048),
+)
+
+
+def held(mesh: Mesh) -> list[tuple[int, StateBytes, int, float]]:
+    """(stage, counted states, all that is alive, by formula) between two micro-steps, in bf16."""
+    found = []
+    for stage in (0, 1, 2, 3):
+        # Buffers for communication are small, so that what is alive are the states.
+        tuned = {"reduce_bucket_size": 500, "allgather_bucket_size": 500}
+        if stage == 3:
+            tuned |= {"stage3_prefetch_bucket_size": 500, "stage3_param_persistence_threshold": 10}
+        settings = {"zero_optimization": tuned} if stage else {}
+        case = Case("modern_small", stage, precision="bf16", micro_steps=2, model=WIDE, deepspeed=settings)
+        rows = rows_of(packed=False)
+        size = N_ROWS // (2 * mesh.dp_size)
+        batches = [
+            part(rows, (2 * mesh.dp_rank + i) * size, (2 * mesh.dp_rank + i + 1) * size) for i in (0, 1)
+        ]
+        with LiveBytes() as live:
+            engine = Engine(config_of(case, mesh), mesh)
+            engine.train_step(batches, 50, 1)
+            engine.set_learning_rate(2)
+            between: list[tuple[StateBytes, int]] = []
+            step = engine.deepspeed.step
+
+            def look(
+                engine: Engine = engine,
+                live: LiveBytes = live,
+                between: list[tuple[StateBytes, int]] = between,
+            ) -> None:
+                between.append((state_bytes(engine), live.now()))
+
+            engine.deepspeed.step = look
+            engine.accumulate(batches, 50)
+            engine.deepspeed.step = step
+        [(counted, alive)] = between
+        found.append(
+            (stage, counted, alive, expected_bytes(engine.n_parameters, stage, mesh.dp_size, mesh.tp_size))
+        )
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "tp_degree"), [(2, 1), (2, 2), (4, 2)])
+def test_a_rank_holds_what_the_formulas_say(ranks: int, tp_degree: int) -> None:
+    for found in run_ranks(ranks, held, tp_degree=tp_degree):
+        for stage, counted, alive, expected in found:
+            assert counted.total == pytest.approx(expected, rel=0.05), (stage, counted)
+            # Nothing else is alive that would be missing in the count.
+            assert counted.total <= alive < 1.05 * expected, (stage, counted, alive)
+
+
+def build_peak(mesh: Mesh) -> list[tuple[float, float]]:
+    """(most bytes alive while a rank's part is built, its share and the largest parameter) for each stage."""
+    found = []
+    for stage in (0, 3):
+        case = Case("t5_v1_1_small", stage, model=(*WIDE, ("n_encoder_layers", 6), ("n_decoder_layers", 6)))
+        config = config_of(case, mesh)
+        sizes = [parameter.numel() for parameter in build_model(config.model).parameters()]
+        share = sum(sizes) / (mesh.tp_size * (mesh.dp_size if stage == 3 else 1))
+        with LiveBytes() as live:
+            settings = build_deepspeed_config(config, mesh.dp_size)
+            model = build_part(config, mesh, TensorParallel.of(mesh, True), settings)
+            assert all(not parameter.is_meta for parameter in model.parameters())
+        found.append((float(live.peak), 4 * (share + 2.5 * max(sizes))))
+    return found
+
+
+def test_no_rank_ever_holds_the_whole_model() -> None:
+    """While it is built: a rank's share, and one parameter (whole, and its part on the way to where it stays)."""
+    for found in run_ranks(4, build_peak, tp_degree=2):
+        for peak, allowed in found:
+            assert peak < allowed
+
+
+def uses_the_whole(mesh: Mesh) -> dict[str, torch.Tensor]:
+    case = Case("vaswani2017_base", 3 if mesh.world_size > 1 else 0)
+    engine = Engine(config_of(case, mesh), mesh)
+    with engine.whole_model() as model:
+        sources = rows_of(packed=False).encoder_input_tokens
+        cache = model.start(sources, 4)
+        first = torch.zeros(len(sources), 1, dtype=torch.int64)
+        return {"logits": model.step(first, cache).detach()}
+
+
+def test_decoding_needs_no_other_rank() -> None:
+    [expected] = run_ranks(1, uses_the_whole)
+    for found in run_ranks(4, uses_the_whole, tp_degree=2):
+        torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=0)
