@@ -17,6 +17,7 @@ from tests.e2e.conftest import ROOT, environment, pair_files, pair_shards
 __all__ = ["pair_files", "pair_shards"]
 
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
+PREPARE_TEMPLATE = ROOT / "slurm" / "prepare_array.sbatch"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 APT = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
 LIMIT_S = 120
