@@ -3,7 +3,9 @@
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import FileIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,11 +91,7 @@ def train_tokenizer(
 
 
 class _Sample:
-    """Pieces of the inputs, in their order.
-
-    Places are counted in bytes of text, which is a guess for packed files: places beyond the end of one give
-    nothing. A packed file is unpacked up to its last piece.
-    """
+    """Pieces of the inputs, in their order; a packed file is unpacked up to its last piece."""
 
     def __init__(self, inputs: Sequence[Input], seed: int) -> None:
         self._inputs = inputs
@@ -111,9 +109,8 @@ class _Sample:
         """
         for number in range(len(self._inputs)) if self._places is None else sorted(self._places):
             source = self._inputs[number]
-            with explained(source.files), open_unpacked(source.files[0]) as file:
-                places = None if self._places is None else self._places[number]
-                for block in _blocks(file, is_compressed(source.files[0]), places):
+            with explained(source.files), _open(source.files[0]) as file:
+                for block in file.everything() if self._places is None else file.pieces(self._places[number]):
                     yield from self._texts_of(source, block)
                     advance(len(block))
         if not self.n_bytes:
@@ -134,29 +131,61 @@ class _Sample:
                 yield text
 
 
-def _choose(ends: Sequence[int], n_pieces: int, seed: int) -> dict[int, list[int]]:
-    """Offsets, ascending, of pieces in inputs that end at `ends` of the whole: one at random in each equal part."""
-    chosen: dict[int, list[int]] = {}
+def _choose(ends: Sequence[int], n_pieces: int, seed: int) -> dict[int, list[float]]:
+    """Places of pieces, ascending, in inputs that end at `ends` of the whole: one at random in each equal part of it.
+
+    A place is a share of its input: 0.0 is the beginning, 1.0 the end.
+    """
+    chosen: dict[int, list[float]] = {}
     for first, end in pairwise(ends[-1] * i // n_pieces for i in range(n_pieces + 1)):
         place = first + hash_key(seed, first) % (end - first)
         number = bisect_right(ends, place)
-        chosen.setdefault(number, []).append(place - (ends[number - 1] if number else 0))
+        begin = ends[number - 1] if number else 0
+        chosen.setdefault(number, []).append((place - begin) / (ends[number] - begin))
     return chosen
 
 
-def _blocks(file: BinaryIO, is_packed: bool, places: Sequence[int] | None) -> Iterator[bytes]:
-    """Whole lines from each place on, about `PIECE_BYTES`; without places, all there are."""
-    at = 0
-    while places is None and (block := file.read(PIECE_BYTES)):
-        yield block + file.readline()
-    for place in places or ():
-        if place > at and not is_packed:
-            at = file.seek(place)
-        while at < place and (passed := len(file.read(min(place - at, PIECE_BYTES)))):
-            at += passed
-        if at:
-            at += len(file.readline())
-        block = file.read(PIECE_BYTES)
-        block += file.readline()
-        at += len(block)
-        yield block
+class _Pieces:
+    """Whole lines from places in a file that only goes forward."""
+
+    def __init__(self, name: str, on_disk: FileIO, unpacked: BinaryIO) -> None:
+        self._on_disk, self._unpacked = on_disk, unpacked
+        self._is_packed = is_compressed(name)
+        self._size = Path(name).stat().st_size
+        self._at = 0
+        """Unpacked bytes read."""
+
+    def everything(self) -> Iterator[bytes]:
+        """All there is."""
+        while block := self._read():
+            yield block
+
+    def pieces(self, places: Sequence[float]) -> Iterator[bytes]:
+        """About `PIECE_BYTES` from each place on, which is a share of the file as it lies on disk."""
+        for place in places:
+            self._go_to(int(place * self._size))
+            if self._at:
+                self._at += len(self._unpacked.readline())
+            yield self._read()
+
+    def _go_to(self, place: int) -> None:
+        if not self._is_packed:
+            self._at = self._unpacked.seek(max(place, self._at))
+        while self._is_packed and self._on_disk.tell() < place:
+            passed = len(self._unpacked.read(PIECE_BYTES))
+            self._at += passed
+            if not passed:
+                return
+
+    def _read(self) -> bytes:
+        block = self._unpacked.read(PIECE_BYTES)
+        block += self._unpacked.readline()
+        self._at += len(block)
+        return block
+
+
+@contextmanager
+def _open(name: str) -> Iterator[_Pieces]:
+    on_disk = FileIO(name)
+    with open_unpacked(name, on_disk) as unpacked:
+        yield _Pieces(name, on_disk, unpacked)
