@@ -11,6 +11,7 @@ from dist_transformer.config import Config
 from dist_transformer.errors import CheckpointError
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.model.initialize import fill, initial_value
+from dist_transformer.parallel.layers import ColumnProject
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.parallel.regions import TensorParallel
 from dist_transformer.parallel.sharding import partition_of, place, shard
@@ -55,6 +56,8 @@ def build_part(
         return parameter
 
     fill(model, build)
+    if config.parallel.zero_stage == 3:
+        _register_readers(model)
     return model
 
 
@@ -73,6 +76,14 @@ def _partitioner(
         mpu=mesh,
     )
     return lambda parameter: zero._convert_to_zero_parameters([parameter])
+
+
+def _register_readers(model: EncoderDecoder) -> None:
+    """Tell ZeRO 3 which modules read other modules' weights, so that it fetches them ahead from the first step on."""
+    for module in model.modules():
+        if isinstance(module, ColumnProject):
+            for parameter in (parameter for map_ in module.maps for parameter in map_.parameters()):
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _check_weights(model: EncoderDecoder, weights: dict[str, Tensor]) -> None:

@@ -70,7 +70,8 @@ class ColumnProject(nn.Module):
     def __init__(self, tp: TensorParallel, maps: list[ColumnLinear]) -> None:
         super().__init__()
         self.tp = tp
-        self.__dict__["maps"] = maps  # submodules of another module: here they must not be found again
+        # A tuple, which torch does not look into: as submodules they would be found twice.
+        self.maps = tuple(maps)
 
     def forward(self, x: Tensor, *maps: ColumnLinear) -> tuple[Tensor, ...]:
         """[B, T/tp, D] (with sequence parallelism; else [B, T, D]) to each map's [B, T, F/tp]."""
