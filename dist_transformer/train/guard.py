@@ -153,4 +153,4 @@ class Guard:
             last = exits[-1]
             again = " (it may end the same way again)" if last.reason in FOR_A_PERSON else ""
             text = f"the last start ended at step {last.step} by {last.reason}{again}: {last.message}"
-            self.outlets.alert(self.step, text, kind="restart")
+            self.outlets.alert(self.step, text, kind="exit")

@@ -14,7 +14,8 @@ from dist_transformer.model.flops import Work, hardware_flops, training_flops
 from dist_transformer.parallel.collectives import gather_objects, sum_over_data_parallel
 from dist_transformer.tracking import read_metrics
 from dist_transformer.tracking.accounts import ACCOUNTS, PRODUCTIVE, Goodput, TimeAccounts
-from dist_transformer.tracking.alerts import AlertMonitor
+from dist_transformer.tracking.alerts import AlertMonitor, StallWatch
+from dist_transformer.tracking.console import human_time
 from dist_transformer.tracking.peak import Peak, device_peak
 from dist_transformer.train.faults import BadSteps
 from dist_transformer.train.hooks import Outlets, StepReport
@@ -51,10 +52,21 @@ class LogHook:
             dtype = torch.float32 if self.config.train.precision == "fp32" else torch.bfloat16
             self._peak = device_peak(self.engine.mesh.device, dtype, self.config.tracking.peak_tflops)
             self._mark_restart()
+        # The watch runs from the first step on: what comes before may take long.
+        self._stall: StallWatch | None = None
+
+    def close(self) -> None:
+        """Stop watching; the log may be closed after this."""
+        if self._stall is not None:
+            self._stall.close()
 
     def after_step(self, report: StepReport) -> None:
         """Record the step; write a row when it is time."""
         self._since.append(report)
+        if self.outlets.log is not None:
+            if self._stall is None:
+                self._stall = StallWatch(self.config.tracking.alerts.stall_s, self._tell_of_stall)
+            self._stall.beat(report.step)
         if not report.result.applied:
             text = f"update {report.step} skipped: loss or gradient not finite"
             self.outlets.alert(report.step, text, kind="nonfinite")
@@ -63,6 +75,11 @@ class LogHook:
         if report.step % self.config.tracking.every == 0 or report.is_last or report.step == 1:
             self._write(report)
             self._since.clear()
+
+    def _tell_of_stall(self, step: int, seconds: float) -> None:
+        busy = self.accounts.current
+        text = f"no step has ended for {human_time(seconds)} after step {step:,} (busy with: {busy})"
+        self.outlets.alert(step, text, kind="stall")
 
     def _tell_of_bad_samples(self, report: StepReport) -> None:
         """The first time, and whenever twice as many are lost as at the last."""

@@ -35,6 +35,7 @@ from dist_transformer.train.hooks import (
 )
 from dist_transformer.train.log_hook import LogHook
 from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
+from dist_transformer.train.profiling import Profiling
 
 
 def train(config: Config) -> None:
@@ -97,8 +98,10 @@ class Trainer:
             else None
         )
         self.saving = CheckpointHook(config, self.engine, self.state, outlets)
+        self.logging = LogHook(config, self.engine, self.state, self.bad_steps, outlets, accounts)
+        self.profiling = Profiling(config.profile, Path(config.run.dir), mesh, accounts, outlets.message)
         self.hooks: list[Hook] = [
-            LogHook(config, self.engine, self.state, self.bad_steps, outlets, accounts),
+            self.logging,
             *([self.evaluation] if self.evaluation else []),
             self.saving,
         ]
@@ -108,7 +111,7 @@ class Trainer:
     def run(self) -> None:
         """All steps that are left."""
         self._say_hello()
-        with contextlib.closing(self.stream):
+        with contextlib.closing(self.stream), contextlib.closing(self.logging):
             try:
                 self._run()
             except UserError as error:
@@ -123,7 +126,8 @@ class Trainer:
                 self.evaluation.run(0)
         batches = self._global_batches()
         while self.state.step < self.config.train.steps:
-            report = self._step(batches)
+            with self.profiling.step(self.state.step + 1):
+                report = self._step(batches)
             for hook in self.hooks:
                 with self.accounts.spend(hook.account), self.guard.side_work(hook.account, report.step):
                     hook.after_step(report)
