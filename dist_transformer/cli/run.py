@@ -79,12 +79,17 @@ def _add_report(commands: Commands) -> None:
     report = add_command(
         commands,
         "report",
-        "draw one or several runs: loss, learning rate, speed",
-        "dist-transformer report runs/a runs/b --png compare.png",
+        "write a page about one or several runs: curves, course, figures, samples; it needs no network",
+        "dist-transformer report runs/a runs/b --out compare.html --png compare.png",
         _report,
     )
-    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs to draw")
-    report.add_argument("--png", metavar="FILE", help="where to (default: RUN_DIR/report.png)")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="runs to show")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where to (default: RUN_DIR/report.html; RUN_DIR/comparison.html for several)",
+    )
+    report.add_argument("--png", metavar="FILE", help="draw the main curves as a picture too")
 
 
 def _add_config(commands: Commands) -> None:
@@ -142,10 +147,15 @@ def _decoding(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from dist_transformer.tracking.report import draw_run
+    from dist_transformer.tracking.page import write_report
 
     run_dirs = [Path(path) for path in options.run_dirs]
-    print(draw_run(run_dirs, Path(options.png) if options.png else run_dirs[0] / "report.png"))
+    name = "report.html" if len(run_dirs) == 1 else "comparison.html"
+    print(write_report(run_dirs, Path(options.out) if options.out else run_dirs[0] / name))
+    if options.png:
+        from dist_transformer.tracking.report import draw_run
+
+        print(draw_run(run_dirs, Path(options.png)))
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ class RunCurves:
 
     name: str
     scalars: dict[str, Curve]
-    """By metric name; training metrics from training rows, `eval/...` from evaluation rows."""
+    """By metric name; training metrics from training rows, `eval/...` and `checkpoint/...` from theirs."""
     eval_losses: dict[str, Curve]
     """By the name of the evaluation set."""
     tokens: Curve
@@ -61,7 +61,7 @@ def load_curves(run_dir: Path, name: str) -> RunCurves:
     """Read a run's curves; steps that were replayed after a restart count once."""
     every_row = read_metrics(run_dir)
     rows = read_metrics(run_dir, last_wins=True)
-    wanted = {"train": "", "eval": "eval/"}
+    wanted = {"train": "", "eval": "eval/", "checkpoint": "checkpoint/"}
     scalars: dict[str, Curve] = {}
     tokens = Curve()
     for row in rows:
@@ -73,7 +73,7 @@ def load_curves(run_dir: Path, name: str) -> RunCurves:
                 scalars.setdefault(key, Curve()).add(row["step"], float(value))
         if row["event"] == "train" and isinstance(row.get("trainer/tokens_seen"), int | float):
             tokens.add(row["step"], float(row["trainer/tokens_seen"]))
-    if not scalars:
+    if not any(key.startswith(("train/", "perf/", "eval/")) for key in scalars):
         raise UserError(
             f"{run_dir / FILE_NAME} has no training or evaluation rows yet: there is nothing to draw"
         )
@@ -92,6 +92,17 @@ def load_curves(run_dir: Path, name: str) -> RunCurves:
         n_restarts=len(restarts),
         last_step=max(row["step"] for row in rows),
     )
+
+
+def run_names(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart."""
+    paths = [run_dir.resolve() for run_dir in run_dirs]
+    names = [path.name for path in paths]
+    for depth in range(2, 6):
+        if len(set(names)) == len(set(paths)):
+            break
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+    return names
 
 
 def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:

@@ -1,9 +1,7 @@
 """Pictures of runs, drawn from `metrics.jsonl` with matplotlib."""
 
-import contextlib
+import io
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from dist_transformer.tracking.chart import (
     token_axis,
 )
 from dist_transformer.tracking.console import human_count
-from dist_transformer.tracking.curves import Curve, RunCurves, load_curves, smooth
+from dist_transformer.tracking.curves import Curve, RunCurves, load_curves, run_names, smooth
+from dist_transformer.tracking.page import write_beside
 
 
 def draw_run(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -35,7 +34,7 @@ def draw_run(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     if not run_dirs:
         raise UserError("no run directory to draw: name at least one")
-    runs = [load_curves(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    runs = [load_curves(run_dir, name) for run_dir, name in zip(run_dirs, run_names(run_dirs), strict=True)]
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
@@ -193,34 +192,11 @@ def _title(runs: Sequence[RunCurves]) -> str:
     return plain(runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
 
 
-def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
-    paths = [run_dir.resolve() for run_dir in run_dirs]
-    names = [path.name for path in paths]
-    for depth in range(2, 6):
-        if len(set(names)) == len(set(paths)):
-            break
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-    return names
-
-
 def _cycle(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
 def _save(figure: Any, out: Path) -> None:
-    """Write the picture beside and rename it: whoever looks meanwhile sees the old or the new one whole."""
-    beside: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".png", dir=out.parent)
-        beside = Path(name)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o644)
-            figure.savefig(file, format="png")
-        beside.replace(out)
-    except OSError as error:
-        if beside is not None:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_beside(out, content.getvalue())
