@@ -47,7 +47,7 @@ for (source, before, truth), (_, after, _) in list(zip(blocks(files[0]), blocks(
 PY
 
 say "4/4 drawing the run"
-picture=$($bin/dist-transformer report $run --png $run/loss.png)
+picture=$($bin/dist-transformer report $run --png $run/loss.png | tail -n 1)
 cat <<END
 
 Done. Where to look next:

@@ -1,5 +1,6 @@
 """Small corpora, prepared once a session by the public command, and a way to run commands."""
 
+import functools
 import os
 import random
 import subprocess
@@ -99,36 +100,42 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+def _write(folder: Path, shards: Path, objective: str = "pairs", **sections: dict[str, object]) -> Path:
+    tree: dict[str, dict[str, object]] = {
+        "run": {"dir": str(folder / "run"), "seed": 3},
+        "model": {
+            "preset": "modern_small", "d_model": 32, "d_ff": 64, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16,
+            "n_encoder_layers": 2, "n_decoder_layers": 2, "dropout": 0.1,
+        },
+        "data": {
+            "train": str(shards), "eval": str(shards), "objective": objective,
+            "max_source_len": 64, "max_target_len": 64, "window": 64,
+        },
+        "train": {
+            "steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "label_smoothing": 0.1,
+        },
+        "optimizer": {"lr": 0.005, "warmup_steps": 10},
+        "checkpoint": {"every": 20, "keep": 2},
+        "evaluate": {"every": 20, "batches": 2},
+        "tracking": {"every": 1, "wandb": {"mode": "disabled"}},
+    }  # fmt: skip
+    for name, fields in sections.items():
+        tree.setdefault(name, {}).update(fields)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """A small configuration for a folder of shards; keyword sections are merged over it."""
+    return functools.partial(_write, tmp_path)
 
-    def write(shards: Path, objective: str = "pairs", **sections: dict[str, object]) -> Path:
-        tree: dict[str, dict[str, object]] = {
-            "run": {"dir": str(tmp_path / "run"), "seed": 3},
-            "model": {
-                "preset": "modern_small", "d_model": 32, "d_ff": 64, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16,
-                "n_encoder_layers": 2, "n_decoder_layers": 2, "dropout": 0.1,
-            },
-            "data": {
-                "train": str(shards), "eval": str(shards), "objective": objective,
-                "max_source_len": 64, "max_target_len": 64, "window": 64,
-            },
-            "train": {
-                "steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32", "label_smoothing": 0.1,
-            },
-            "optimizer": {"lr": 0.005, "warmup_steps": 10},
-            "checkpoint": {"every": 20, "keep": 2},
-            "evaluate": {"every": 20, "batches": 2},
-            "tracking": {"every": 1, "wandb": {"mode": "disabled"}},
-        }  # fmt: skip
-        for name, fields in sections.items():
-            tree.setdefault(name, {}).update(fields)
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
 
-    return write
+@pytest.fixture(scope="module")
+def module_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """As `write_config`, for runs that several tests of a module look at."""
+    return functools.partial(_write, tmp_path_factory.mktemp("config"))
 
 
 def steps_of(rows: Sequence[dict[str, object]]) -> dict[int, dict[str, object]]:

@@ -72,9 +72,11 @@ def test_translate_evaluate_report(
     bleu = subprocess.run(command_line, capture_output=True, text=True, check=True, env=environment()).stdout
     assert float(bleu) == pytest.approx(result["bleu"], abs=0.011)
 
-    drawn = command("report", run_dir)
+    drawn = command("report", run_dir, "--png", tmp_path / "curves.png")
     assert drawn.returncode == 0, drawn.stderr
-    assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (run_dir / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "http://" not in page and "https://" not in page
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pretraining_fills_gaps(tmp_path: Path, text_shards: Path, write_config: WriteConfig) -> None:
@@ -121,6 +123,8 @@ def test_help_is_quick_and_complete() -> None:
     for words in (
         ["prepare", "text"],
         ["prepare", "pairs"],
+        ["prepare", "tokenizer"],
+        ["prepare", "merge"],
         ["train"],
         ["generate"],
         ["evaluate"],
