@@ -51,10 +51,10 @@ def add_inspect(commands: Commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    config = _config(options.what, options.overrides)
     from dist_transformer.data.inspect import RunToInspect, inspect_run
     from dist_transformer.data.sample_rows import show_rows
 
-    config = _config(options.what, options.overrides)
     run = RunToInspect.build(
         config.data, seed=config.run.seed, global_batch_size=config.train.global_batch_size
     )
