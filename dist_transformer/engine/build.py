@@ -67,6 +67,8 @@ def _partitioner(
     """What leaves a rank its data-parallel part of a parameter under ZeRO 3, and does nothing elsewhere."""
     if config.parallel.zero_stage < 3:
         return lambda parameter: None
+    # `Init` counts ranks before it joins them: the first model of a process would be taken for a single rank's.
+    deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name(), verbose=False)
     # On an empty module: the model's own parameters come one by one.
     zero = deepspeed.zero.Init(
         module=nn.Module(),
