@@ -51,10 +51,13 @@ function place(run, step) {
   if (x[high] === x[low]) return y[low];
   return y[low] + (y[high] - y[low]) * (step - x[low]) / (x[high] - x[low]);
 }
-// A running median against spikes, then a running mean; both look equally far to either side.
+// A running median against spikes, then a running mean; both look equally far to either side, and back at the end.
 function smooth(values) {
   const reach = Math.max(2, Math.round(values.length / 100));
-  const window = (i) => { const r = Math.min(reach, i, values.length - 1 - i); return [i - r, i + r + 1]; };
+  const window = (i) => {
+    const ahead = Math.min(reach, i, values.length - 1 - i), back = Math.min(reach, i, Math.max(ahead, reach >> 1));
+    return [i - back, i + ahead + 1];
+  };
   const calm = values.map((_, i) => { const w = values.slice(...window(i)).sort((a, b) => a - b); return w[w.length >> 1]; });
   return calm.map((_, i) => { const w = calm.slice(...window(i)); return w.reduce((a, b) => a + b, 0) / w.length; });
 }
@@ -93,7 +96,8 @@ function draw(figure, spec) {
   const width = Math.max(220, figure.clientWidth - 22), height = spec.big ? Math.min(420, 160 + width * 0.25) : 190;
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": spec.title }, figure);
   const box = { left: 50, right: width - 12, top: 8, bottom: height - 24 };
-  const xs = all.flatMap((s) => s.x), ys = all.flatMap((s) => s.y);
+  // One range for all charts, so that they can be compared.
+  const xs = all.flatMap((s) => s.x).concat(DATA.runs.flatMap((run) => run.axis[axis])), ys = all.flatMap((s) => s.y);
   let [x0, x1] = [Math.min(...ends(xs)), Math.max(...ends(xs))], [y0, y1] = range(ys, spec.clip);
   if (x1 === x0) { x0 -= 0.5; x1 += 0.5; }
   const log = spec.log && y0 > 0 && y1 > 30 * y0;
@@ -163,9 +167,11 @@ function timeline(figure, run) {
   const dot = (h, y, color, text) => make("title", {}, make("circle", { cx: px(h), cy: y, r: 3.2, fill: color }, svg), text);
   for (const c of run.checkpoints) dot(c.hours, 44, "var(--good)", c.text);
   for (const a of run.alerts) dot(a.hours, 6, a.kind === "restart" ? "var(--soft)" : "var(--bad)", a.text);
-  for (const t of ticks(0, end, Math.min(8, width / 90))) {
-    make("line", { class: "axis", x1: px(t), x2: px(t), y1: 50, y2: 54 }, svg);
-    make("text", { x: px(t), y: 67, "text-anchor": px(t) > width - 30 ? "end" : px(t) < 20 ? "start" : "middle" }, svg, `${short(t)} h`);
+  const unit = end > 2 ? { name: "h", hours: 1 } : end > 1 / 30 ? { name: "min", hours: 1 / 60 } : { name: "s", hours: 1 / 3600 };
+  for (const t of ticks(0, end / unit.hours, Math.min(8, width / 90))) {
+    const x = px(t * unit.hours), anchor = x > width - 30 ? "end" : x < 20 ? "start" : "middle";
+    make("line", { class: "axis", x1: x, x2: x, y1: 50, y2: 54 }, svg);
+    make("text", { x, y: 67, "text-anchor": anchor }, svg, `${short(t)} ${unit.name}`);
   }
   make("line", { class: "axis", x1: 8, x2: width - 8, y1: 50, y2: 50 }, svg);
 }
