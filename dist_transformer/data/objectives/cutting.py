@@ -7,7 +7,7 @@ fills the gap and its rest begins another row.
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from itertools import combinations, islice
 from typing import NamedTuple
 
 from dist_transformer.data.objectives.denoisers import MIDDLE_DRAW, PieceSizes, draw_of
@@ -80,9 +80,11 @@ class Cutter:
 
     def fill_rows(self, documents: Sequence[Rest]) -> tuple[list[Piece], list[int]]:
         """Pieces row by row, and how many each row has; documents are taken about in the order given."""
-        filler = _Filler(self, documents)
         pieces: list[Piece] = []
-        n_pieces = []
+        n_pieces: list[int] = []
+        if not documents:
+            return pieces, n_pieces
+        filler = _Filler(self, documents)
         while row := filler.next_row():
             pieces += row
             n_pieces.append(len(row))
@@ -150,13 +152,14 @@ class _Filler:
         self._row = cutter.max_source_len, cutter.max_target_len
         source = sum(r.source * r.left / r.length for r in rests)
         target = sum(r.target * r.left / r.length for r in rests)
-        n_rows = max(source / self._row[0], target / self._row[1], 1e-9)
+        n_rows = max(source / self._row[0], target / self._row[1])
         # What a row holds if all are alike; the side that is not short of space cannot be full.
         self._goal = source / n_rows, target / n_rows
         self._spare = self._row[0] - self._goal[0], self._row[1] - self._goal[1]
         self._queues: tuple[deque[Rest], deque[Rest]] = deque(), deque()
         for rest in rests:
             self._queues[self._queue_of(rest)].append(rest)
+        self._turns = 1, 0
 
     def _queue_of(self, rest: Rest) -> int:
         return int(rest.source * self._goal[1] < rest.target * self._goal[0])
@@ -165,6 +168,8 @@ class _Filler:
         """The pieces of the next row; none where no document is left."""
         self._pieces: list[Piece] = []
         self._free = self._row
+        # Neither queue may be cut more often: what is left of a cut document can change queues.
+        self._turns = self._turns[::-1]
         while (queue := self._greedy()) is not None:
             self._take([(queue, 0, self._queues[queue][0].length)])
         while closing := self._best_closing():
@@ -189,8 +194,8 @@ class _Filler:
             first, second = self._mix(lean_source, lean_target)
             if first + second < _GREEDY:
                 return None
-            order = (0, 1) if first >= second else (1, 0)
-            return next((queue for queue in order if self._fits(self._queues[queue][0])), None)
+            queue = int(first < second)
+            return queue if self._fits(self._queues[queue][0]) else None
         for queue, rest in enumerate((lean_source, lean_target)):
             if rest and min(self._free[0] / rest.source, self._free[1] / rest.target) >= _GREEDY:
                 return queue
@@ -217,14 +222,12 @@ class _Filler:
             return None
         heads = [
             _Head(queue, place, rest)
-            for queue, rests in enumerate(self._queues)
-            for place, rest in enumerate(islice(rests, _LOOKAHEAD))
+            for queue in self._turns
+            for place, rest in enumerate(islice(self._queues[queue], _LOOKAHEAD))
         ]
         best = _Closing(self._wasted(*self._free), [])
-        cuttable: list[_Head] = []
-        for queue in (0, 1):
-            long = (h for h in heads if h.queue == queue and h.rest.left >= 2 * self._cutter.scrap)
-            cuttable += islice(long, 1)
+        long = [head for head in heads if head.rest.left >= 2 * self._cutter.scrap]
+        cuttable = [head for i, head in enumerate(long) if not i or head.queue != long[i - 1].queue]
         for cut in cuttable:
             best = self._with_cut(best, cut, self._free, 0.0, [])
         for head in heads:
@@ -240,8 +243,10 @@ class _Filler:
             for cut in cuttable:
                 if cut is not head:
                     best = self._with_cut(best, cut, free, cost, takes)
-        if len(cuttable) == 2 and best.cost > 3 * _CUT_COST:
-            best = self._with_two_cuts(best, *cuttable)
+        for first, second in combinations(long, 2):
+            if best.cost < 2 * _CHEAP:
+                break
+            best = self._with_two_cuts(best, first, second)
         return best if best.takes else None
 
     def _with_cut(

@@ -48,10 +48,12 @@ class Denoising:
             draws = (0, (1 << DRAW_BITS) - 1)
             if min(sizes.longest(self.max_source_len, self.max_target_len, draw) for draw in draws) < 2:
                 needed = f" with {n_sentinels} sentinels" if denoiser.has_sentinels else ""
-                least = 3 + (denoiser.mode_id is not None)
+                least = 2 + denoiser.has_sentinels
+                least_source = least + (denoiser.mode_id is not None)
                 raise DataError(
                     f"{self.name} does not fit rows of {self.max_source_len} source and {self.max_target_len} "
-                    f"target tokens{needed}: use at least data.max_source_len={least} and data.max_target_len=3"
+                    f"target tokens{needed}: use at least data.max_source_len={least_source} and "
+                    f"data.max_target_len={least}"
                     + (" and a tokenizer with <extra_id_N> tokens" if denoiser.has_sentinels else "")
                 )
 
