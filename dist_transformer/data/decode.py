@@ -102,10 +102,11 @@ def _text(content: bytes, key: str | None) -> str:
         value = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, str):
         raise ValueError(f"is no JSON object with a text {key!r}")
-    found: str = value[key]
-    return found
+    return value
 
 
 @cache

@@ -26,7 +26,8 @@ class SampleLayout:
     is_raw: bool = False
     """Members hold UTF-8 text, not token ids."""
     foreign_fields: tuple[str, ...] = ()
-    """Of tars that others wrote: the member's name for each field, or `NAME:KEY` for a string in a JSON object."""
+    """Of tars that others wrote: the member's name for each field, or `NAME:KEY` for a string in a JSON object
+    (`NAME:KEY.KEY` for one in an object in it)."""
     tokenizer_path: Path | None = None
     """What turns text into tokens; needed where `is_raw`."""
 

@@ -162,7 +162,10 @@ class TestIndex:
                 members += [
                     (f"{key}.jpg", os.urandom(1500)),
                     (f"{key}.txt", text.encode()),
-                    (f"{key}.json", json.dumps({"text": text, "title": f"{i} {j}", "n": j}).encode()),
+                    (
+                        f"{key}.json",
+                        json.dumps({"text": text, "meta": {"title": f"{i} {j}"}, "n": j}).encode(),
+                    ),
                     (f"{key}.pkl", b"never loaded"),
                 ]
             write_tar(folder / f"c{i}.tar", [("readme.md", b"hello"), *members])
@@ -193,7 +196,7 @@ class TestIndex:
         self, tmp_path: Path, tars: Path, tokenizer_file: Path, tokenizer: TextTokenizer
     ) -> None:
         summary = index_tars(
-            [str(tars / "c0.tar")], tmp_path / "out", fields=("json:title", "json:text"),
+            [str(tars / "c0.tar")], tmp_path / "out", fields=("json:meta.title", "json:text"),
             tokenizer=tokenizer_file, eval_tars=[str(tars / "c1.tar")],
         )  # fmt: skip
         assert summary.manifest.kind == "pairs"
@@ -228,6 +231,28 @@ class TestIndex:
         assert (window.indices.tolist(), window.n_bad) == ([0], 2)
         (report,) = verify_all(tmp_path / "out")
         assert report.n_bad == 2 and "key 1: 1.de.txt is missing" in report.problem
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            (b"{", r"key 0: json is not JSON"),
+            (b'{"text": 3}', r"key 0: json is no JSON object with a text 'text'"),
+            (b'["text"]', r"key 0: json is no JSON object with a text 'text'"),
+            (b"[" * 100_000, r"key 0: json is not JSON"),
+            (b"\xff", r"key 0: json is not UTF-8"),
+        ],
+    )
+    def test_json_that_holds_no_text(
+        self, tmp_path: Path, tokenizer_file: Path, content: bytes, sentence: str
+    ) -> None:
+        write_tar(tmp_path / "x.tar", [("0.json", content), ("1.json", b'{"text": "good"}')])
+        index_tars(
+            [str(tmp_path / "x.tar")], tmp_path / "out", fields=("json:text",), tokenizer=tokenizer_file
+        )
+        (report,) = verify_all(tmp_path / "out")
+        assert report.n_bad == 1
+        with pytest.raises(DataError, match=sentence):
+            raise DataError(report.problem)
 
     def test_long_tars_are_estimated_and_marked(
         self, tmp_path: Path, tokenizer_file: Path, tokenizer: TextTokenizer
