@@ -11,7 +11,7 @@ from dist_transformer.engine.engine import Engine
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What a rank holds between an update's backward pass and its step."""
+    """What a rank holds between a backward pass and the update."""
 
     parameters: int
     """Those that the model computes with."""
@@ -26,8 +26,9 @@ class StateBytes:
 
 
 def state_bytes(engine: Engine) -> StateBytes:
-    """This rank's bytes, from the tensors that are alive: after `accumulate`, and after at least one update.
+    """This rank's bytes, from the tensors that are alive, after a backward pass and at least one update before it.
 
+    Stage 1 holds whole gradients between micro-steps, and after the last one its part of them.
     A storage counts once, as the first of parameter, gradient, optimizer state that holds it.
     """
     seen: set[int] = set()
@@ -68,11 +69,12 @@ def _gradients(engine: Engine, optimizer: Any) -> Iterator[Tensor]:
 
 _GRADIENTS = (
     "averaged_gradients",
+    "all_grad_tensors",
     "fp32_groups_gradients_flat",
     "fp32_groups_gradient_flat_partition",
     "grad_partitions_flat_buffer",
 )
-"""Where DeepSpeed's wrappers keep them: stages 2, 1 in fp32, and 3."""
+"""Where DeepSpeed's wrappers keep them: stages 1 and 2 (all, and between micro-steps), 1 in fp32, and 3."""
 
 _MASTERS = (
     "fp32_groups",
