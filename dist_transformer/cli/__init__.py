@@ -12,6 +12,7 @@ from dist_transformer.cli.jobs import add_jobs
 from dist_transformer.cli.parsing import Commands, Parser
 from dist_transformer.cli.prepare import add_prepare
 from dist_transformer.cli.run import add_runs
+from dist_transformer.cli.track import add_track
 from dist_transformer.errors import UserError
 
 __all__ = ["build_parser", "main"]
@@ -52,6 +53,7 @@ def build_parser() -> Parser:
     add_prepare(commands)
     add_data(commands)
     add_runs(commands)
+    add_track(commands)
     add_checkpoint(commands)
     add_jobs(commands)
     return parser

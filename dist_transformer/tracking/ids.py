@@ -64,6 +64,14 @@ def load_or_create_ids(run_dir: Path, project: str, report: Report) -> TrackingI
     return ids
 
 
+def read_ids(run_dir: Path) -> TrackingIds | None:
+    """The ids of a run, None where the file is missing or damaged."""
+    try:
+        return _read(run_dir / FILE_NAME)
+    except (OSError, ValueError):
+        return None
+
+
 def _read(path: Path) -> TrackingIds:
     """Parse the file; raises ValueError saying what is wrong with it."""
     try:

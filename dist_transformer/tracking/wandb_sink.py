@@ -134,17 +134,41 @@ class WandbSink:
         if self._replay is None or self._caught_up:
             return
         if self._online:
-            missing = self._replay.missing_online(self._run.starting_step)
+            self._send(self._replay.missing_online(self._run.starting_step))
         else:
-            missing = self._replay.missing_offline()
-        for row in missing:
-            self._log(self._values(row), max(row["row"], self._next_step))
+            self._send(self._replay.missing_offline())
         self._caught_up = True
         if self._online:
             # What offline logs of earlier processes hold has just been sent.
             for path in logs_before:
                 if not is_uploaded(path):
                     marker_of(path).touch()
+
+    def _send(self, rows: list[Row]) -> None:
+        """Log rows of earlier processes, at the time when they were written."""
+        for row in rows:
+            self._log({**self._values(row), "_timestamp": row["time"]}, max(row["row"], self._next_step))
+
+    def send_missing(self) -> int:
+        """Go online, send the run's rows that the server has not got, and finish; how many that were.
+
+        Raises:
+            RuntimeError: if the server is not there.
+        """
+        assert self._replay is not None
+        self._prepare_environment()
+        try:
+            if not (answer := self._ask()).usable:
+                raise RuntimeError(answer.reason)
+            self._start("online")
+            missing = self._replay.missing_online(self._run.starting_step)
+            self._send(missing)
+            self._run.finish(exit_code=0)
+        except Exception as error:
+            raise RuntimeError(_first_line(error)) from error
+        finally:
+            self._teardown()
+        return len(missing)
 
     def close(self, exit_code: int, preempted: bool) -> None:
         """Finish the run; on a preemption the page says that it will come back."""
