@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_transformer.config.data import CorpusConfig, DataConfig
 from dist_transformer.data.objectives import Window, build_objective
-from dist_transformer.data.shards import RawWindow
+from dist_transformer.data.reader import RawWindow
 from dist_transformer.data.tokenizer import TextTokenizer
 
 _SHORTEST = 8
@@ -102,7 +102,7 @@ def suggest_row_lengths(
         if tried.emptier <= best.emptier:
             break
         best = tried
-    step = 0.04
+    step = 0.02
     while step * getattr(best, field) >= 0.5:
         length = getattr(best, field)
         for other in (round(length * (1 - step)), round(length * (1 + step))):

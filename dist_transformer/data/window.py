@@ -11,8 +11,8 @@ from dist_transformer.data.objectives import Objective, Pieces, Window, build_ob
 from dist_transformer.data.order import noise_key, row_key, window_key
 from dist_transformer.data.packing import bucket
 from dist_transformer.data.ragged import ragged_indices, starts_of
+from dist_transformer.data.reader import RawWindow
 from dist_transformer.data.rows import Rows
-from dist_transformer.data.shards import RawWindow
 from dist_transformer.data.tokenizer import TextTokenizer
 
 

@@ -1,4 +1,4 @@
-"""Gaps in a text, filled by a model that was pretrained with span corruption."""
+"""Gaps in a text, filled by a model that was pretrained with span corruption or with UL2's mixture."""
 
 import re
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ def fill_texts(
     *,
     max_source_len: int,
     max_target_len: int,
+    mode_id: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Filled]:
     """Fill the gaps of each text, in the order of the texts.
@@ -53,6 +54,7 @@ def fill_texts(
     Args:
         max_source_len: longest source in tokens, EOS counted; what is beyond is not seen.
         max_target_len: longest output in tokens, EOS counted, where `config.max_len` is null.
+        mode_id: a token that begins every source, as in UL2's pretraining.
 
     Raises:
         DataError: the tokenizer has no sentinels, or a text has more gaps than there are.
@@ -60,7 +62,8 @@ def fill_texts(
     if not tokenizer.sentinel_ids:
         raise DataError("the tokenizer has no <extra_id_N> tokens: only a span-corruption model fills gaps")
     pieces = [split_at_gaps(text) for text in texts]
-    sources = [encode_gaps(p, tokenizer, line) for line, p in enumerate(pieces, start=1)]
+    mode = [] if mode_id is None else [mode_id]
+    sources = [mode + encode_gaps(p, tokenizer, line) for line, p in enumerate(pieces, start=1)]
     filled = [i for i, text in enumerate(texts) if text.strip()]
     found = search_sources(
         model,

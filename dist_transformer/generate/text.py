@@ -1,7 +1,7 @@
 """Whole texts in, whole texts out: encoding, batches of similar lengths, search, decoding."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,7 @@ def generate_texts(
     max_source_len: int,
     max_target_len: int,
     n_best: int = 1,
+    mode_id: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Generated]:
     """An output for each text, in the order of the texts; an empty (or blank) text gives an empty output.
@@ -50,9 +51,11 @@ def generate_texts(
             `Generated.n_cut` and `describe_truncated`.
         max_target_len: longest output in tokens, EOS counted, where `config.max_len` is null.
         n_best: outputs wanted for each text, at most `config.beam_size`.
+        mode_id: a token that begins every source, as in UL2's pretraining.
     """
     filled = [i for i, text in enumerate(texts) if text.strip()]
-    encoded = tokenizer.encode_batch([texts[i] for i in filled])
+    mode = [] if mode_id is None else [mode_id]
+    encoded = [mode + ids for ids in tokenizer.encode_batch([texts[i] for i in filled])]
     found = search_sources(
         model,
         encoded,
@@ -68,6 +71,41 @@ def generate_texts(
         alternatives = tuple((tokenizer.decode(h.tokens), h.score) for h in hypotheses)
         results[i] = Generated(*alternatives[0], alternatives, max(0, len(tokens) + 1 - max_source_len))
     return results
+
+
+def continue_texts(
+    model: EncoderDecoder,
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    max_source_len: int,
+    max_target_len: int,
+    mode_id: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[Generated]:
+    """Each text with what a model that was pretrained with prefix language modelling writes after it.
+
+    Args: see `generate_texts`.
+    """
+    found = generate_texts(
+        model,
+        tokenizer,
+        texts,
+        config,
+        max_source_len=max_source_len,
+        max_target_len=max_target_len,
+        mode_id=mode_id,
+        on_progress=on_progress,
+    )
+    return [
+        replace(
+            generated,
+            text=text + generated.text,
+            alternatives=tuple((text + written, score) for written, score in generated.alternatives),
+        )
+        for text, generated in zip(texts, found, strict=True)
+    ]
 
 
 def describe_truncated(n_cut: Sequence[int], max_source_len: int, shown: int = 5) -> str | None:

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dist_transformer.data.batch import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import CheckpointError, ConfigError, DataError
 from dist_transformer.generate.spans import Filled, fill_texts
-from dist_transformer.generate.text import Generated, describe_truncated, generate_texts
+from dist_transformer.generate.text import Generated, continue_texts, describe_truncated, generate_texts
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from dist_transformer.train.evaluate import score_texts
@@ -52,7 +53,9 @@ class TrainedRun:
 def generate_lines(
     path: Path, input_: str | None, output: str | None, decoding: Mapping[str, object], threads: int | None
 ) -> None:
-    """Read lines, write one line for each: the gaps (`___`) filled by a denoising model, else the translation."""
+    """Read lines, write one line for each: its gaps (`___`) filled by a denoising model, continued by one that was
+    pretrained on prefixes, else the translation.
+    """
     _set_threads(threads)
     run = TrainedRun(path)
     with contextlib.ExitStack() as stack:
@@ -114,7 +117,7 @@ def _decode(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object
         "max_source_len": run.config.data.max_source_len,
         "max_target_len": run.config.data.max_target_len,
     }
-    write = generate_texts if run.config.data.objective == "pairs" else fill_texts
+    write = _writer(run)
 
     @find_executable_batch_size(starting_batch_size=config.batch_tokens)  # type: ignore[untyped-decorator]
     def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
@@ -131,6 +134,21 @@ def _decode(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object
         print(f"dist-transformer: {warning}", file=sys.stderr)
     # One line for one line, whatever the model writes.
     return [" ".join(result.text.splitlines()) for result in results]
+
+
+def _writer(run: TrainedRun) -> Callable[..., Sequence[Generated | Filled]]:
+    """What the run's model was trained to do with a text; that of the first corpus of a mixture."""
+    data = run.config.data
+    objective = data.corpora()[0].objective
+    if objective == "pairs":
+        return generate_texts
+    if objective == "prefix_lm":
+        return continue_texts
+    if objective != "ul2":
+        return fill_texts
+    mode = next((denoiser.mode for denoiser in data.denoisers if denoiser.mode != "S"), "S")
+    mode_id = run.tokenizer.mode_ids[mode] if data.mode_tokens else None
+    return partial(continue_texts if mode == "S" else fill_texts, mode_id=mode_id)
 
 
 def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequence[str]) -> float:

@@ -123,3 +123,20 @@ def test_a_tokenizer_without_sentinels(tokenizer: TextTokenizer, monkeypatch: py
     model = small_model("modern_small", vocab_size=448)
     with pytest.raises(DataError, match="no <extra_id_N> tokens"):
         fill_texts(model, tokenizer, ["___"], GenerateConfig(), max_source_len=32, max_target_len=8)
+
+
+def test_a_mode_token_begins_every_source(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[int]] = []
+
+    def search(model: object, sources: list[list[int]], *_: object, **__: object) -> list[list[Hypothesis]]:
+        shown.extend(sources)
+        return [[Hypothesis([sentinel(tokenizer, 0), *tokenizer.encode(" cat")], -1.0)] for _ in sources]
+
+    monkeypatch.setattr(spans_module, "search_sources", search)
+    model, mode_id = small_model("modern_small", vocab_size=448), tokenizer.mode_ids["R"]
+    [filled] = fill_texts(
+        model, tokenizer, ["the ___"], GenerateConfig(), max_source_len=3, max_target_len=8, mode_id=mode_id
+    )
+    assert shown == [[mode_id, *tokenizer.encode("the"), sentinel(tokenizer, 0)]]
+    assert filled.text == "the cat"
+    assert filled.n_cut == len(shown[0]) + 1 - 3

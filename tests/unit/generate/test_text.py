@@ -9,7 +9,12 @@ from dist_transformer.config import GenerateConfig
 from dist_transformer.data.batch import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.generate.search import beam_search
-from dist_transformer.generate.text import batches_by_length, describe_truncated, generate_texts
+from dist_transformer.generate.text import (
+    batches_by_length,
+    continue_texts,
+    describe_truncated,
+    generate_texts,
+)
 from dist_transformer.model import EncoderDecoder
 from tests.unit.model.small import small_model
 
@@ -138,6 +143,18 @@ def test_n_best_and_progress(model: EncoderDecoder, tokenizer: TextTokenizer) ->
 def test_nothing_to_do(model: EncoderDecoder, tokenizer: TextTokenizer) -> None:
     assert generate(model, tokenizer, [], GenerateConfig()) == []
     assert [output.text for output in generate(model, tokenizer, [""], GenerateConfig())] == [""]
+
+
+def test_texts_are_continued(model: EncoderDecoder, tokenizer: TextTokenizer) -> None:
+    config, lengths = GenerateConfig(beam_size=2), {"max_source_len": 32, "max_target_len": 12}
+    written = generate_texts(model, tokenizer, TEXTS, config, n_best=1, **lengths)
+    continued = continue_texts(model, tokenizer, TEXTS, config, **lengths)
+    assert [c.text for c in continued] == [t + w.text for t, w in zip(TEXTS, written, strict=True)]
+    assert [c.score for c in continued] == [w.score for w in written]
+    marked = continue_texts(model, tokenizer, TEXTS, config, mode_id=tokenizer.mode_ids["S"], **lengths)
+    assert [m.score for m, t in zip(marked, TEXTS, strict=True) if t.strip()] != [
+        c.score for c, t in zip(continued, TEXTS, strict=True) if t.strip()
+    ]
 
 
 def test_batches_by_length() -> None:

@@ -55,3 +55,36 @@ def test_reading_lines(tmp_path: Path) -> None:
         decode._read_lines(str(bad))
     with pytest.raises(ConfigError, match=r"none\.txt: cannot be read"):
         decode._read_lines(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"objective": "pairs"}, ("generate_texts", None)),
+        ({"objective": "span_corruption"}, ("fill_texts", None)),
+        ({"objective": "prefix_lm"}, ("continue_texts", None)),
+        ({"objective": "ul2"}, ("fill_texts", 3)),
+        ({"objective": "ul2", "mode_tokens": False}, ("fill_texts", None)),
+        ({"objective": "ul2", "denoisers": [{"mode": "S", "density": 0.25}]}, ("continue_texts", 4)),
+        ({"train": None, "mixture": [{"train": "x", "objective": "prefix_lm"}, {"train": "y"}]}, ("continue_texts", None)),
+    ],
+)
+def test_a_model_does_what_it_was_trained_for(
+    data: dict[str, Any], expected: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    def recorder(name: str) -> Any:
+        def write(*_: object, mode_id: int | None = None, **__: object) -> list[Generated]:
+            called.append((name, mode_id))
+            return [Generated("done", 0.0, ())]
+
+        return write
+
+    for name in ("generate_texts", "fill_texts", "continue_texts"):
+        monkeypatch.setattr(decode, name, recorder(name))
+    tree = {"run": {"dir": "x"}, "data": {"train": "x"} | data, "train": {"steps": 1}}
+    tokenizer = SimpleNamespace(mode_ids={"R": 3, "S": 4, "X": 5})
+    run = SimpleNamespace(config=build_config(tree), model=None, tokenizer=tokenizer)
+    assert decode._decode(run, ["a"], {}) == ["done"]  # type: ignore[arg-type]
+    assert called == [expected]
