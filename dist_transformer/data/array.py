@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dist_transformer.data.documents import Input
 from dist_transformer.data.folder import Recipe, describe_difference, read_description
+from dist_transformer.data.inputs import Input, check_inputs
 from dist_transformer.data.manifest import (
     MANIFEST_NAME,
     PARTS_NAME,
@@ -31,8 +31,9 @@ from dist_transformer.data.manifest import (
     load_manifest,
     write_atomically,
 )
-from dist_transformer.data.preparation import PreparedSummary, check_inputs, load_given
+from dist_transformer.data.preparation import load_given
 from dist_transformer.data.shares import Share, share_inputs
+from dist_transformer.data.summary import PreparedSummary
 from dist_transformer.errors import DataError
 
 _MOVES_NAME = "moves.json"

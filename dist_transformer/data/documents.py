@@ -5,70 +5,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
 from itertools import islice, zip_longest
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
-from dist_transformer.data.compressed import HashedFile, explained, inner_suffix, is_compressed, open_unpacked
+from dist_transformer.data.compressed import HashedFile, explained, open_unpacked
+from dist_transformer.data.inputs import Input
 from dist_transformer.data.records import BadLineError, parse_columns, parse_json
 from dist_transformer.errors import DataError
 
-DocumentUnit = Literal["line", "paragraph", "file"]
-BadUtf8 = Literal["error", "replace"]
-BadLines = Literal["error", "skip"]
-
 SEGMENT_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read from files."""
-
-    unit: DocumentUnit
-    """Of plain text; each line of JSON lines or columns is a document or pair."""
-    bad_utf8: BadUtf8
-    bad_lines: BadLines
-    fields: tuple[str, ...]
-    """Of JSON lines: the text's, or the source's and the target's."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file, or a source and a target file whose lines belong together."""
-
-    files: tuple[str, ...]
-    reading: Reading
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether reading from the middle means unpacking all that comes before."""
-        return any(map(is_compressed, self.files))
-
-    @cached_property
-    def is_json(self) -> bool:
-        """Whether its lines are JSON objects; the name says so."""
-        return len(self.files) == 1 and is_json_lines(self.files[0])
-
-    @cached_property
-    def has_records(self) -> bool:
-        """Whether each line is a JSON object or a row of columns."""
-        return self.is_json or len(self.files) < self.n_sides
-
-    @property
-    def n_sides(self) -> int:
-        """1 for documents, 2 for pairs."""
-        return len(self.reading.fields)
-
-
-def is_json_lines(name: str) -> bool:
-    """Whether a file's name says that its lines are JSON objects."""
-    return inner_suffix(name) in (".jsonl", ".ndjson", ".json")
-
-
-def holds_pairs(name: str) -> bool:
-    """Whether a file can hold both sides of pairs: JSON lines, or two columns."""
-    return is_json_lines(name) or inner_suffix(name) == ".tsv"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_transformer.data.documents import Reading, Scan
+from dist_transformer.data.documents import Scan
+from dist_transformer.data.inputs import Reading
 from dist_transformer.data.manifest import MANIFEST_NAME, PREPARATION_NAME, Kind, write_atomically
 from dist_transformer.data.shares import Share
 from dist_transformer.data.tokenizer import Model

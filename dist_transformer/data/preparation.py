@@ -4,15 +4,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
 from dist_transformer.data.dedup import find_duplicates
-from dist_transformer.data.documents import DocumentReader, Input, Scan, Segment, scan
+from dist_transformer.data.documents import DocumentReader, Scan, Segment, scan
 from dist_transformer.data.folder import WORK_NAME, Recipe, claim_folder
 from dist_transformer.data.hashing import Shuffle
+from dist_transformer.data.inputs import Input, check_inputs
 from dist_transformer.data.manifest import (
     SPLITS,
     TOKENIZER_NAME,
@@ -25,6 +26,7 @@ from dist_transformer.data.manifest import (
 from dist_transformer.data.pool import Workers, count_with, progress
 from dist_transformer.data.shares import MIN_SAMPLES_PER_SHARD, SHARD_BYTES, Share, default_shards
 from dist_transformer.data.spill import RAW_NAME, Part, ShardTask, build_shard, dtype_of, tokenise_parts
+from dist_transformer.data.summary import PreparedSummary
 from dist_transformer.data.tokenizer import TextTokenizer, check_vocab_size
 from dist_transformer.errors import DataError
 
@@ -38,43 +40,6 @@ _MIN_PART_BYTES, _MAX_PART_BYTES, _MAX_PARTS = 8 << 20, 64 << 20, 512
 _PARALLEL_BYTES = 4 << 20
 """Less text than this is not worth starting processes for."""
 _MAX_NAMED = 5
-
-
-@dataclass(frozen=True)
-class PreparedSummary:
-    """What a preparation wrote, for the person who ran it."""
-
-    out: Path
-    kind: Kind
-    n_samples: int
-    """Training samples."""
-    n_eval_samples: int
-    n_shards: int
-    """Training shards."""
-    n_source_tokens: int
-    """Training tokens of sources or documents, without EOS."""
-    n_target_tokens: int
-    counts: dict[str, int]
-    """What was left out and split, as in the manifest."""
-    vocab_size: int
-    """What the tokenizer has; little text can give fewer ids than were asked for."""
-    seconds: float
-
-    @classmethod
-    def of(cls, manifest: Manifest, seconds: float) -> "PreparedSummary":
-        """The summary of a finished folder."""
-        return cls(
-            out=manifest.root,
-            kind=manifest.kind,
-            n_samples=sum(shard.n_samples for shard in manifest.train),
-            n_eval_samples=sum(shard.n_samples for shard in manifest.eval),
-            n_shards=len(manifest.train),
-            n_source_tokens=sum(shard.n_source_tokens for shard in manifest.train),
-            n_target_tokens=sum(shard.n_target_tokens for shard in manifest.train),
-            counts=manifest.counts,
-            vocab_size=manifest.vocab_size,
-            seconds=seconds,
-        )
 
 
 class Preparation:
@@ -307,23 +272,6 @@ class Preparation:
             fitting = min(n_samples // MIN_SAMPLES_PER_SHARD, n_chosen // 2)
             return max(1, min(self.share.of(self.share.n_shards), fitting))
         return default_shards(n_bytes, n_chosen, n_samples)
-
-
-def check_inputs(inputs: Sequence[Input], held: Sequence[Input]) -> None:
-    """Refuse missing files and files given twice, before anything is read."""
-    seen: set[Path] = set()
-    if not inputs:
-        raise DataError("no input files were given")
-    for source in (*inputs, *held):
-        for name in source.files:
-            path = Path(name)
-            if not path.is_file():
-                raise DataError(
-                    f"{name} {'is a folder' if path.is_dir() else 'does not exist'}: give a text file"
-                )
-            if (resolved := path.resolve()) in seen:
-                raise DataError(f"{name} was given twice: its text would count double; name it once")
-            seen.add(resolved)
 
 
 def load_given(path: Path) -> TextTokenizer:

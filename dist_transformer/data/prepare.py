@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_transformer.data.array import begin_task, finished_task
-from dist_transformer.data.documents import (
+from dist_transformer.data.folder import Recipe
+from dist_transformer.data.inputs import (
     BadLines,
     BadUtf8,
     DocumentUnit,
@@ -21,9 +22,9 @@ from dist_transformer.data.documents import (
     holds_pairs,
     is_json_lines,
 )
-from dist_transformer.data.folder import Recipe
-from dist_transformer.data.preparation import Preparation, PreparedSummary
+from dist_transformer.data.preparation import Preparation
 from dist_transformer.data.shares import Share
+from dist_transformer.data.summary import PreparedSummary
 from dist_transformer.data.tokenizer import Model
 from dist_transformer.errors import DataError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
 
-from dist_transformer.data.documents import Input
+from dist_transformer.data.inputs import Input
 from dist_transformer.data.order import LANE_COUNTS
 from dist_transformer.errors import DataError
 

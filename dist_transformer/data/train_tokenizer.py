@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_transformer.data.compressed import explained, is_compressed, open_unpacked
-from dist_transformer.data.documents import DocumentUnit, Input, Reading, is_json_lines, read_block, scan
+from dist_transformer.data.documents import read_block, scan
 from dist_transformer.data.hashing import hash_key
+from dist_transformer.data.inputs import DocumentUnit, Input, Reading, check_inputs, is_json_lines
 from dist_transformer.data.pool import progress
-from dist_transformer.data.preparation import TOKENIZER_TEXT_BYTES, check_inputs
+from dist_transformer.data.preparation import TOKENIZER_TEXT_BYTES
 from dist_transformer.data.shares import input_bytes
 from dist_transformer.data.tokenizer import Model, TextTokenizer, check_vocab_size
 from dist_transformer.errors import DataError

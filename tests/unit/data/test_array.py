@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_transformer.data.array import merge
-from dist_transformer.data.documents import Input, Reading
+from dist_transformer.data.inputs import Input, Reading
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.prepare import PreparedSummary, prepare_pairs, prepare_text
 from dist_transformer.data.shares import Share, default_array_shards, share_inputs

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dist_transformer.data import dedup, documents, preparation
 from dist_transformer.data.dedup import find_duplicates
-from dist_transformer.data.documents import Input, Reading, scan
+from dist_transformer.data.documents import scan
+from dist_transformer.data.inputs import Input, Reading
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.pool import Workers
 from dist_transformer.data.prepare import prepare_pairs, prepare_text

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dist_transformer.data import documents
 from dist_transformer.data.compressed import open_unpacked
-from dist_transformer.data.documents import DocumentReader, Input, Reading, read_documents, scan
+from dist_transformer.data.documents import DocumentReader, read_documents, scan
+from dist_transformer.data.inputs import Input, Reading
 from dist_transformer.errors import DataError
 
 TEXT = Reading("line", "error", "error", ("text",))

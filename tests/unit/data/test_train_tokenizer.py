@@ -11,7 +11,7 @@ import zstandard
 
 from dist_transformer.data import compressed
 from dist_transformer.data import train_tokenizer as module
-from dist_transformer.data.documents import Input, Reading
+from dist_transformer.data.inputs import Input, Reading
 from dist_transformer.data.prepare import prepare_text
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.data.train_tokenizer import train_tokenizer
