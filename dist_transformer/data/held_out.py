@@ -24,7 +24,7 @@ def load_held_out(data: DataConfig, corpus: CorpusConfig) -> tuple[Manifest, Spl
     """
     if corpus.eval is None:
         raise DataError(f"corpus {corpus.name} has no eval: name a folder of shards to evaluate on")
-    manifest = load_manifest(corpus.eval, _strict(data))
+    manifest = load_manifest(corpus.eval, data)
     if manifest.eval:
         return manifest, "eval"
     if manifest.shares_shards_with(load_manifest(corpus.train, data)):

@@ -58,7 +58,8 @@ def keep_inputs(config: Config, run_dir: Path, start_step: int) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         path.replace(run_dir / f"config.until-step-{start_step:08d}.yaml")
     path.write_text(text, encoding="utf-8")
-    shutil.copyfile(load_manifest(config.data.corpora()[0].train).tokenizer_path, run_dir / "tokenizer.json")
+    manifest = load_manifest(config.data.corpora()[0].train, config.data)
+    shutil.copyfile(manifest.tokenizer_path, run_dir / "tokenizer.json")
 
 
 def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:

@@ -78,6 +78,11 @@ class Row(NamedTuple):
     samples: list[int]
     """Numbers of its samples; see `numbered_pairs`."""
 
+    @property
+    def epoch(self) -> int:
+        """The pass of its lane that it belongs to; behind the last row of a pass stands the next one's start."""
+        return self.cursor.epoch - (self.cursor == Cursor(self.cursor.epoch))
+
 
 def rows_of(batches: Iterable[Batch]) -> list[Row]:
     """All rows in the order of the run; of packed rows or of one sample each, not of buckets."""
@@ -91,9 +96,7 @@ def rows_of(batches: Iterable[Batch]) -> list[Row]:
 
 def seen_by_epoch(rows: Iterable[Row]) -> dict[int, Counter[int]]:
     """How often each sample was used in each pass of its lane over its shards; of a run with one corpus."""
-    epoch_of_lane: Counter[int] = Counter()
     seen: dict[int, Counter[int]] = {}
     for row in rows:
-        seen.setdefault(epoch_of_lane[row.lane], Counter()).update(row.samples)
-        epoch_of_lane[row.lane] = row.cursor.epoch
+        seen.setdefault(row.epoch, Counter()).update(row.samples)
     return seen

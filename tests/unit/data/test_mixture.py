@@ -19,7 +19,7 @@ from dist_transformer.data.stream import TrainStream, check_data
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import MakeShards, numbered_pairs
-from tests.unit.data.streaming import ROWS_A_STEP, Row, pairs_config, rows_of, run
+from tests.unit.data.streaming import ROWS_A_STEP, pairs_config, rows_of, run, seen_by_epoch
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5)
 
@@ -180,23 +180,12 @@ def test_each_corpus_exactly_once_per_epoch_whatever_happens(
     of_corpora = Mixture.build(weights[: len(sizes)], 1.0, n_lanes, seed)
     for i, corpus in enumerate(sizes):
         mine = [row for row in rows if of_corpora.corpus_of(row.number) == i]
-        assert sorted(_first_epoch(mine)) == list(range(sum(corpus)))
+        assert sorted(seen_by_epoch(mine)[0].elements()) == list(range(sum(corpus)))
 
 
 def _all_through(state: Any, n_corpora: int, n_lanes: int) -> bool:
     places = [state["cursors"].get(str(corpus), {}) for corpus in range(n_corpora)] if state else [{}]
     return all(len(lanes) == n_lanes and all(c[0] >= 1 for c in lanes.values()) for lanes in places)
-
-
-def _first_epoch(rows: list[Row]) -> list[int]:
-    """Samples of the rows of each lane's first pass."""
-    epoch_of_lane: Counter[int] = Counter()
-    found: list[int] = []
-    for row in rows:
-        if epoch_of_lane[row.lane] == 0:
-            found += row.samples
-        epoch_of_lane[row.lane] = row.cursor.epoch
-    return found
 
 
 def test_the_same_shards_in_two_corpora_are_read_and_corrupted_differently(folders: dict[str, Path]) -> None:

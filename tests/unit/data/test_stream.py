@@ -130,7 +130,7 @@ def test_check_data(folder: Path, tmp_path: Path, make_shards: MakeShards) -> No
     assert (corpus.name, corpus.share, corpus.window) == (folder.name, 1.0, 16)
     assert summary.n_eval_samples == {}
     rows = rows_of(run(pairs_config(folder), 1, 40).batches)
-    n_rows = sum(len(row.samples) > 0 and row.cursor.epoch == 0 for row in rows)
+    n_rows = sum(len(row.samples) > 0 and row.epoch == 0 for row in rows)
     assert 0.5 < corpus.rows_per_epoch / n_rows < 2
     sentence = corpus.describe(10 * corpus.rows_per_epoch)
     assert sentence.startswith(f"{folder.name}: 378 samples in 9 shards, about ")
