@@ -72,19 +72,22 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _config(what: str, overrides: list[str]) -> "Config":
     """The run's configuration; for a folder, one with defaults that fit its kind."""
-    from dist_transformer.config import DataConfig, build_config, load_config
+    from dist_transformer.config import build_config, load_config
     from dist_transformer.data.manifest import load_manifest
 
     if Path(what).suffix in (".yaml", ".yml"):
         return load_config(what, overrides)
-    # What the run needs besides data has no part in it.
+    # What a run needs besides data has no part in it.
     tree: dict[str, Any] = {"run": {"dir": "none"}, "train": {"steps": 1}, "data": {"train": what}}
-    manifest = load_manifest(what)
+    config = build_config(tree, what, overrides)
+    manifest = load_manifest(what, config.data)
     if manifest.kind == "pairs":
-        # The default target length suits span corruption; here it is what the two sides' tokens ask for.
+        # The default target length suits span corruption; here it is what the tokens of the two sides ask for.
         shards = manifest.train or manifest.eval
         n_source = sum(shard.n_source_tokens + shard.n_samples for shard in shards)
         n_target = sum(shard.n_target_tokens + shard.n_samples for shard in shards)
-        target_len = max(8, round(DataConfig(train=what).max_source_len * n_target / n_source))
-        tree["data"] |= {"objective": "pairs", "max_target_len": target_len}
-    return build_config(tree, source=what, overrides=overrides)
+        given = tree["data"]  # with the overrides
+        given.setdefault("objective", "pairs")
+        given.setdefault("max_target_len", max(8, round(config.data.max_source_len * n_target / n_source)))
+        config = build_config(tree, what)
+    return config

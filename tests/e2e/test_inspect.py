@@ -63,7 +63,10 @@ def test_a_folder_of_pairs(pair_shards: Path) -> None:
     assert "tokens of a source: " in said
     assert "tokens of a target: " in said
     assert "█" in said
-    assert "packed rows of 64 source and" in said
+    # As many target tokens as stand against 64 source tokens in the corpus, EOS counted.
+    totals = manifest["totals"]["train"]
+    n_source, n_target = (totals[f"n_{side}_tokens"] + totals["n_samples"] for side in ("source", "target"))
+    assert f"packed rows of 64 source and {round(64 * n_target / n_source)} target tokens" in said
     assert "4 lanes, which serve ranks x workers of 1, 2, 4" in said
     # A toy translation: the target is the source backwards.
     source, target = re.search(r"1 source (.*?)</s>.*?target (.*?)</s>", said).groups()
