@@ -1,1 +1,1 @@
-"""How ranks share a model: the mesh of ranks, collectives, vocabulary-chunked loss, recomputation."""
+"""How ranks share a model: the mesh, layers in parts and the table that says which, the loss, recomputation."""
