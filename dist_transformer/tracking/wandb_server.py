@@ -17,6 +17,14 @@ from urllib.parse import urlsplit
 
 _VIEWER = {"operationName": "Viewer", "query": "query Viewer { viewer { id entity } }", "variables": {}}
 
+# Seconds. Who asks for online explicitly gets more; the run does not wait for it.
+_PATIENCE = {"auto": 3.0, "online": 10.0}
+
+
+def patience(mode: str) -> float:
+    """How long a server may take to answer, by `tracking.wandb.mode`."""
+    return _PATIENCE[mode]
+
 
 @dataclass(frozen=True)
 class ServerAnswer:

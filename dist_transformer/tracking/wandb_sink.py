@@ -22,7 +22,7 @@ from dist_transformer.tracking.ids import TrackingIds
 from dist_transformer.tracking.jsonl import Row
 from dist_transformer.tracking.wandb_log import X_STEP, is_uploaded, last_step, marker_of, wandb_files
 from dist_transformer.tracking.wandb_replay import Replay
-from dist_transformer.tracking.wandb_server import ServerAnswer, ask_server
+from dist_transformer.tracking.wandb_server import ServerAnswer, ask_server, patience
 
 _X_TOKENS = "trainer/tokens_seen"
 _AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS} | dict.fromkeys(
@@ -226,10 +226,10 @@ class WandbSink:
         import wandb
 
         settings = wandb.setup(settings=self._settings("offline")).settings
-        # Who asks for online explicitly gets more patience; the run does not wait for it.
-        timeout = 10.0 if self._config.mode == "online" else 3.0
         verify_tls = not settings.insecure_disable_ssl
-        return ask_server(settings.base_url, settings.api_key, timeout=timeout, verify_tls=verify_tls)
+        return ask_server(
+            settings.base_url, settings.api_key, timeout=patience(self._config.mode), verify_tls=verify_tls
+        )
 
     def _start(self, mode: Literal["online", "offline"]) -> None:
         import wandb

@@ -41,7 +41,8 @@ def log_steps(
 ) -> tuple[list[str], list[str]]:
     """One process's worth of a run; what was said, and where it can be seen."""
     said: list[str] = []
-    log = MetricsLog(run_dir, build_sinks(tracking, run_dir, {"seed": 1}, said.append), said.append)
+    sinks = build_sinks(tracking, run_dir, {"seed": 1}, said.append)
+    log = MetricsLog(run_dir, sinks, said.append, open_timeout=60)
     for step in steps:
         log.log("train", step, {"train/loss": 1.0, "trainer/tokens_seen": step * 10})
     log.log("alert", steps[-1], {"alert/kind": "spike"})
@@ -138,6 +139,22 @@ def test_a_connection_lost_in_mid_run_stops_nothing(server: FakeWandb, tmp_path:
     assert len(read_metrics(tmp_path)) == 500
     # The transaction log of the online run has them too, for `wandb sync`.
     assert len(history(wandb_files(tmp_path)[0])) == 500
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+@pytest.mark.parametrize("outcome", [(401, {}), (503, {}), "hang", "drop"])
+def test_a_run_is_whole_whatever_the_server_does(
+    server: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any, outcome: Any
+) -> None:
+    """Nothing raises, nothing is asked of the person; all rows are in JSONL and in a local log that can be synced."""
+    monkeypatch.setattr("dist_transformer.tracking.wandb_server._PATIENCE", {"auto": 0.5, "online": 1.0})
+    server.state.fault = lambda path, operation, body: outcome
+    said, (where,) = log_steps(tmp_path, range(30), TrackingConfig(wandb=WandbConfig(mode=mode)))
+    assert len(said) == (mode == "online")
+    assert "offline run" in where and "track sync" in where
+    assert [row["step"] for row in read_metrics(tmp_path)] == [*range(30), 29]
+    (file,) = wandb_files(tmp_path)
+    assert [row["trainer/step"] for row in history(file)] == [*range(30), 29]
 
 
 def test_the_stop_button_is_passed_on(
