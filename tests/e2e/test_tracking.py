@@ -17,7 +17,9 @@ from tests.e2e.conftest import launch
 from tests.e2e.test_resume import WriteConfig, last_step, start, wait_for
 from tests.tools.wandb_log import run_record
 
-N_STEPS = 44
+# Four starts in one fixture: on a busy machine more than the usual limit.
+pytestmark = pytest.mark.timeout(900)
+N_STEPS = 24
 ACCOUNTS = ("compute", "communication", "input", "checkpoint", "evaluation", "other")
 
 
@@ -50,12 +52,12 @@ def run_dir(
         pair_shards,
         run={"dir": str(run_dir)},
         train={"steps": N_STEPS},
-        checkpoint={"every": 10, "keep": 2, "asynchronous": False},
-        evaluate={"every": 20, "batches": 1, "samples": 2},
+        checkpoint={"every": 5, "keep": 2, "asynchronous": False},
+        evaluate={"every": 10, "batches": 1, "samples": 2},
         generate={"beam_size": 1, "max_len": 8},
         tracking={"every": 1, "wandb": {"mode": "offline"}},
     )
-    for step in (13, 25, 37):
+    for step in (8, 13, 18):
         kill_at(step, start(config, "--nproc", 2), run_dir)
     started = time.time()
     done = launch(config, "--nproc", 2)
@@ -77,7 +79,7 @@ def test_one_dashboard_run_with_every_step_once(run_dir: Path) -> None:
     truth = [row for row in read_metrics(run_dir, last_wins=True) if row["event"] == "train"]
     assert [row["train/loss"] for row in plotted] == [row["train/loss"] for row in truth]
     evals = [row["trainer/step"] for row in rows if any(key.startswith("eval/") for key in row)]
-    assert evals == [20, 40, N_STEPS]
+    assert evals == [10, 20, N_STEPS]
     assert sum(row.get("alert/kind") == "restart" for row in rows) == 3
 
 
@@ -109,8 +111,8 @@ def test_goodput_counts_restarts(run_dir: Path) -> None:
     alerts = [
         row for row in read_metrics(run_dir) if row["event"] == "alert" and row["alert/kind"] == "restart"
     ]
-    assert [row["step"] for row in alerts] == [10, 20, 30]
-    assert "goes on after step 30" in alerts[-1]["alert/text"]
+    assert [row["step"] for row in alerts] == [5, 10, 15]
+    assert "goes on after step 15" in alerts[-1]["alert/text"]
 
 
 def test_figures_of_a_step(run_dir: Path, write_config: WriteConfig) -> None:
