@@ -99,8 +99,8 @@ class Preparation:
         description = self.recipe.describe([*train, *held], len(held), digest, self.share)
         claim_folder(self.out, description, self.overwrite)
         self.work.mkdir(parents=True, exist_ok=True)
-        parts = self._build_parts("train", [s for found in train for s in found.segments])
-        held_parts = self._build_parts("eval", [s for found in held for s in found.segments])
+        parts = self._build_parts("train", train)
+        held_parts = self._build_parts("eval", held)
         if self.recipe.dedup:
             parts, held_parts = self._leave_out_duplicates(parts, held_parts)
             n_documents = sum(part.n_documents for part in parts)
@@ -183,19 +183,10 @@ class Preparation:
             return 0
         return max(int(self.share.task == 0), min(n_documents // 100, self.share.of(MAX_HELD_OUT)))
 
-    def _build_parts(self, split: Split, segments: list[Segment]) -> list[Part]:
-        n_bytes = sum(segment.n_bytes for segment in segments)
-        size = min(max(_MIN_PART_BYTES, n_bytes // _MAX_PARTS), _MAX_PART_BYTES)
-        grouped: list[list[Segment]] = []
-        n_bytes = size
-        for segment in segments:
-            if n_bytes >= size:
-                grouped.append([])
-                n_bytes = 0
-            grouped[-1].append(segment)
-            n_bytes += segment.n_bytes
+    def _build_parts(self, split: Split, scans: list[Scan]) -> list[Part]:
+        pieces = _cut([segment for found in scans for segment in found.segments])
         longest = self.recipe.max_document_tokens
-        return [Part(self.work, split, i, tuple(members), longest) for i, members in enumerate(grouped)]
+        return [Part(self.work, split, i, tuple(segments), longest) for i, segments in enumerate(pieces)]
 
     def _leave_out_duplicates(self, parts: list[Part], held: list[Part]) -> tuple[list[Part], list[Part]]:
         """The first of equal documents is kept; held-out files come first, so that none of theirs is trained on."""
@@ -289,6 +280,23 @@ def load_given(path: Path) -> TextTokenizer:
     return tokenizer
 
 
+def _cut(segments: list[Segment]) -> list[list[Segment]]:
+    """Segments in parts of some megabytes."""
+    n_bytes = sum(segment.n_bytes for segment in segments)
+    size = min(max(_MIN_PART_BYTES, n_bytes // _MAX_PARTS), _MAX_PART_BYTES)
+    parts: list[list[Segment]] = []
+    n_bytes = size
+    for segment in segments:
+        # After a compressed file that fills several parts, a new one begins: see _group.
+        is_next_file = parts and parts[-1][-1].number and not segment.number
+        if n_bytes >= size or (is_next_file and parts[-1][-1].input.is_compressed):
+            parts.append([])
+            n_bytes = 0
+        parts[-1].append(segment)
+        n_bytes += segment.n_bytes
+    return parts
+
+
 def _number(parts: list[Part], shuffle: Shuffle | None) -> list[Part]:
     before = accumulate((part.n_documents for part in parts), initial=0)
     return [
@@ -298,7 +306,7 @@ def _number(parts: list[Part], shuffle: Shuffle | None) -> list[Part]:
 
 
 def _group(parts: list[Part]) -> list[tuple[Part, ...]]:
-    """Parts that one process should read one after the other."""
+    """Parts that one process should read one after the other: those of one compressed file."""
     groups: list[tuple[Part, ...]] = []
     for part in parts:
         first = part.segments[0]

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from dist_transformer.data import documents, preparation
+from dist_transformer.data.documents import scan
+from dist_transformer.data.inputs import Input, Reading
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.prepare import prepare_pairs, prepare_text
 from dist_transformer.data.shares import default_shards
+from dist_transformer.data.spill import Part
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import sentences
 from tests.unit.data.prepared import OPTIONS, content_of, texts_of, write_pairs
@@ -56,9 +60,9 @@ def test_units_line_ends_and_empty_documents(tmp_path: Path) -> None:
         "paragraph": (["one\n  two ", "three", "four"], 0),
         "file": (["one\n  two \n\n \t\nthree\n\nfour"], 0),
     }
-    for unit, (documents, n_empty) in expected.items():
+    for unit, (found, n_empty) in expected.items():
         summary = prepare_text([path], tmp_path / unit, documents=unit, held_out=0, **OPTIONS)  # type: ignore[arg-type]
-        assert sorted(t for (t,) in texts_of(load_manifest(tmp_path / unit), "train")) == sorted(documents)
+        assert sorted(t for (t,) in texts_of(load_manifest(tmp_path / unit), "train")) == sorted(found)
         assert (summary.counts["n_empty"], summary.n_shards, summary.n_eval_samples) == (n_empty, 1, 0)
 
 
@@ -192,6 +196,27 @@ def test_a_tokenizer_whose_ids_batches_cannot_use(text_file: Path, tmp_path: Pat
     Tokenizer(models.WordLevel({"</s>": 0, "<pad>": 1, "<unk>": 2}, unk_token="<unk>")).save(str(path))
     with pytest.raises(DataError, match="padding=1 and end-of-sequence=0: batches need ids 0 and 1"):
         prepare_text([text_file], tmp_path / "out", tokenizer=path)
+
+
+def test_compressed_files_are_read_by_different_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each from its beginning to its end by one, but never two files by the same for no reason."""
+    monkeypatch.setattr(documents, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(preparation, "_MIN_PART_BYTES", 2500)
+    segments = []
+    for i, n_lines in enumerate((700, 3, 3, 700, 700)):
+        path = tmp_path / f"{i}.txt.gz"
+        path.write_bytes(gzip.compress(b"".join(b"%09d\n" % n for n in range(n_lines))))
+        segments += scan(Input((str(path),), Reading("line", "error", "error", ("text",)))).segments
+    cut = preparation._cut(segments)
+    assert [segment for some in cut for segment in some] == segments
+    parts = [Part(tmp_path, "train", i, tuple(some), 100) for i, some in enumerate(cut)]
+    files = [
+        {s.input.files[0][-8] for part in group for s in part.segments} for group in preparation._group(parts)
+    ]
+    assert files == [{"0"}, {"1", "2", "3"}, {"4"}]
+    assert len(parts) > 5
 
 
 def test_default_shards() -> None:
