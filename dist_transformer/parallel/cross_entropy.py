@@ -49,6 +49,9 @@ def linear_cross_entropy(
             [V/tp, D]. Every rank gets the whole loss, and its part of the sum that is the gradient of `hidden_ND`:
             `parallel.regions.enter` adds them. One small exchange a chunk.
     """
+    if not torch.is_grad_enabled():
+        # Inside `forward` a weight asks for its gradient even where nobody will take it.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     options = _Options(ignore_id, label_smoothing, z_loss, chunk_rows, tp)
     sums = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options)  # type: ignore[no-untyped-call]
     return TokenLoss(*sums)
