@@ -104,8 +104,9 @@ class EvaluateHook:
         values = {**found.metrics, "trainer/tokens_seen": self.state.tokens_seen}
         if self.outlets.log is not None and self.outlets.console is not None:
             seconds = time.perf_counter() - start
-            self.outlets.log.log("eval", step, {**values, "perf/eval_time_s": seconds})
-            self.outlets.console.evaluation(step, values)
+            if found.metrics:
+                self.outlets.log.log("eval", step, {**values, "perf/eval_time_s": seconds})
+                self.outlets.console.evaluation(step, values)
             for name, samples in found.samples.items():
                 of_set = name if self.config.data.mixture else ""
                 write_samples(Path(self.config.run.dir), step, samples, of_set)
