@@ -211,6 +211,43 @@ def test_a_helper_that_hangs_at_the_end_cannot_keep_the_process_alive(tmp_path: 
     assert time.monotonic() - started < 15
 
 
+_KILLED_THEN_STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from dist_transformer.config import TrackingConfig, WandbConfig
+from dist_transformer.tracking import MetricsLog, build_sinks
+from dist_transformer.tracking.wandb_sink import core_pid
+run_dir, said = Path(sys.argv[1]), []
+sinks = build_sinks(TrackingConfig(wandb=WandbConfig(mode="offline")), run_dir, {}, said.append, resumed_step=0)
+log = MetricsLog(run_dir, sinks, said.append, open_timeout=60)
+for step in range(1, 101):
+    log.log("train", step, {"train/loss": 1.0})
+    if step == 30:
+        time.sleep(0.5)
+        os.kill(core_pid(), signal.SIGKILL)
+    if step == 60:
+        until = time.monotonic() + 30
+        while not said and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(2)  # what the new helper has flushes within a second
+        os.kill(core_pid(), signal.SIGSTOP)
+finished = log.close(timeout=3.0)
+print(finished, len([text for text in said if "lost its helper process" in text]), flush=True)
+"""
+
+
+def test_a_helper_killed_and_its_successor_stopped(tmp_path: Path) -> None:
+    """The run ends normally and in time, all rows are in JSONL, and the dashboard run was opened again."""
+    command = [sys.executable, "-c", _KILLED_THEN_STOPPED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert (done.returncode, done.stdout) == (0, "False 1\n"), done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 101))
+    first, second = wandb_files(tmp_path)
+    assert run_record(first).run_id == run_record(second).run_id
+    steps = [row["trainer/step"] for file in (first, second) for row in history(file)]
+    assert steps[:60] == list(range(1, 61)) and len(steps) == len(set(steps))
+
+
 def test_no_dashboard_is_opened_where_it_is_switched_off(tmp_path: Path) -> None:
     assert build_sinks(TrackingConfig(wandb=WandbConfig(mode="disabled")), tmp_path, {}) == []
     os.environ["WANDB_MODE"] = "disabled"
