@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_transformer.data.array import merge
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_task(corpus: Path, out: Path, task: int, n_tasks: int = N_TASKS, **options: Any) -> PreparedSummary:
     files = sorted(corpus.glob("?.txt*"))
-    fixed = {"tokenizer": corpus / "tokenizer.json", "workers": 1} | options
+    fixed = {"tokenizer": corpus / "tokenizer.json", "workers": 1, "n_shards": 6} | options
     return prepare_text(files, out, task=task, n_tasks=n_tasks, **fixed)
 
 
@@ -78,7 +78,7 @@ def test_counts_add_up_and_held_out_files_are_written_once(corpus: Path, tmp_pat
     held = tmp_path / "held.txt"
     held.write_text("\n".join([*numbered_lines(40), "", "held alone"]) + "\n")
     for task in range(N_TASKS):
-        run_task(corpus, tmp_path / "out", task, eval_files=[held], dedup=True)
+        run_task(corpus, tmp_path / "out", task, eval_files=[held], dedup=True, n_shards=None)
     summary = merge(tmp_path / "out")
     assert (summary.n_samples, summary.n_eval_samples) == (660, 41)
     assert summary.counts == {"n_empty": 1, "n_bad_lines": 0, "n_duplicates": 40, "n_split": 0}
@@ -149,7 +149,7 @@ def test_arrays_do_not_mix(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="out was begun with other input files"):
         prepare_text(
             [*sorted(corpus.glob("?.txt*")), tmp_path / "more.txt"], out, tokenizer=corpus / "tokenizer.json",
-            workers=1, task=1, n_tasks=N_TASKS,
+            workers=1, n_shards=6, task=1, n_tasks=N_TASKS,
         )  # fmt: skip
     description = out / "parts" / "00000" / "prepare.json"
     for task in (1, 2):
@@ -182,6 +182,7 @@ def test_arguments_that_no_array_can_have(corpus: Path, tmp_path: Path) -> None:
         run_task(corpus, out / "thesis.doc", 0)
 
 
+@settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 1000), min_size=1, max_size=30), n_tasks=st.integers(1, 8))
 def test_shares_are_even(sizes: list[int], n_tasks: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("shares")
@@ -199,6 +200,7 @@ def test_shares_are_even(sizes: list[int], n_tasks: int, tmp_path_factory: pytes
     assert max(loads) - min(loads) <= max(sizes)
 
 
+@settings(deadline=None)
 @given(total=st.integers(0, 10_000), n_tasks=st.integers(1, 50))
 def test_shares_of_a_number(total: int, n_tasks: int) -> None:
     shares = [Share(task, n_tasks).of(total) for task in range(n_tasks)]
