@@ -205,7 +205,7 @@ class _Filler:
         """How much of each of two pieces together fills what is free of the goal."""
         source, target = self._free[0] - self._spare[0], self._free[1] - self._spare[1]
         determinant = first.source * second.target - first.target * second.source
-        if determinant <= 0:  # equal shapes
+        if determinant == 0:  # equal shapes
             share = min(source / first.source, target / first.target)
             return share, share
         return (
@@ -218,14 +218,15 @@ class _Filler:
 
     def _best_closing(self) -> _Closing | None:
         """The cheapest way to use what is free, or the first that is cheap; None where nothing fits."""
-        if self._free[0] < 1 or self._free[1] < 2:  # EOS, and a token and EOS
+        best = _Closing(self._wasted(*self._free), [])
+        # The shortest pair is EOS on one side, a token and EOS on the other.
+        if best.cost < _CHEAP or self._free[0] < 1 or self._free[1] < 2:
             return None
         heads = [
             _Head(queue, place, rest)
             for queue in self._turns
             for place, rest in enumerate(islice(self._queues[queue], _LOOKAHEAD))
         ]
-        best = _Closing(self._wasted(*self._free), [])
         long = [head for head in heads if head.rest.left >= 2 * self._cutter.scrap]
         cuttable = [head for i, head in enumerate(long) if not i or head.queue != long[i - 1].queue]
         for cut in cuttable:
@@ -269,6 +270,8 @@ class _Filler:
     def _with_two_cuts(self, best: _Closing, first: _Head, second: _Head) -> _Closing:
         """The better of `best` and of two pieces whose lengths fill both sides."""
         shares = self._mix(first.rest, second.rest)
+        if min(shares) <= 0:
+            return best
         for share, one, other in zip(shares, (first, second), (second, first), strict=True):
             rest = one.rest
             length = min(int(share * rest.length), rest.length, rest.left - self._cutter.scrap)
