@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_transformer.checkpoints.pieces import Piece
 from dist_transformer.checkpoints.reader import KINDS, Kind
 from dist_transformer.engine.engine import Engine
+from dist_transformer.engine.runs import is_sharded, part_shape, runs
 from dist_transformer.parallel.partition import partition_of
 
 
@@ -37,25 +38,25 @@ def live_pieces(engine: Engine) -> list[LivePiece]:
     """Everything that this rank holds in float32."""
     mesh, pieces = engine.mesh, []
     # Where DeepSpeed shards nothing, data-parallel ranks hold the same.
-    dp_copies, dp_copy = (mesh.dp_size, mesh.dp_rank) if engine.config.parallel.zero_stage == 0 else (1, 0)
+    dp_copies, dp_copy = (1, 0) if is_sharded(engine.optimizer) else (mesh.dp_size, mesh.dp_rank)
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
-    for parameter, owner, offset, start, length in _runs(engine.optimizer, engine):
-        partition, shape = partition_of(parameter), _shape(parameter)
+    for run in runs(engine.optimizer, mesh.dp_rank):
+        partition, shape = partition_of(run.parameter), part_shape(run.parameter)
         n_parts = 1 if partition is None else partition.n_parts
         # So do tensor-parallel ranks, where they outnumber a parameter's parts.
         n_alike = mesh.tp_size // n_parts
         replica = dp_copy * n_alike + mesh.tp_rank % n_alike
         piece = Piece(
-            names[id(parameter)],
+            names[id(run.parameter)],
             tuple(shape if partition is None else partition.whole_shape(shape)),
             None if partition is None else partition.dim,
             n_parts,
             0 if partition is None else partition.part,
-            start,
-            length,
+            run.start,
+            run.length,
         )
-        if length:
-            pieces.append(LivePiece(piece, owner, offset, replica, dp_copies * n_alike))
+        if run.length:
+            pieces.append(LivePiece(piece, run.owner, run.offset, replica, dp_copies * n_alike))
     return pieces
 
 
@@ -119,48 +120,6 @@ def refresh_parameters(engine: Engine) -> None:
                 low.copy_(master)
 
 
-def _runs(optimizer: Any, engine: Engine) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
-    """(parameter, the optimizer's tensor, offset in it, first element of the parameter's part, length)."""
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-        for parameters, flat in groups:
-            offset = 0
-            for parameter in parameters:
-                # Every rank holds an equal part of every parameter, the last one padded at its end.
-                length: int = parameter.ds_tensor.ds_numel
-                start = engine.mesh.dp_rank * length
-                yield parameter, flat, offset, start, max(0, min(length, parameter.ds_numel - start))
-                offset += length
-        return
-    for parameters, owners in _low_and_master(optimizer):
-        if isinstance(owners, Tensor):
-            for parameter in parameters:
-                # A rank's partition holds a run of parameters, the first and last perhaps cut.
-                mapping = parameter._hp_mapping
-                if mapping is not None:
-                    address, run = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-                    yield parameter, owners, address.start, run.start, run.numel
-        else:
-            for parameter, owner in zip(parameters, owners, strict=True):
-                yield parameter, owner, 0, 0, owner.numel()
-
-
-def _low_and_master(optimizer: Any) -> Iterator[tuple[list[Any], Any]]:
-    """Groups of the model's parameters with their masters: one flat partition of them, or one tensor for each."""
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        yield from zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
-    elif hasattr(optimizer, "fp32_groups_flat_partition"):
-        yield from zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
-    elif hasattr(optimizer, "fp32_groups"):
-        yield from zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        yield from ((group["params"], group["params"]) for group in optimizer.param_groups)
-    else:
-        raise TypeError(
-            f"{type(optimizer).__name__}: where this DeepSpeed optimizer keeps weights is not known"
-        )
-
-
 def _owners(engine: Engine) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Every tensor that the optimizer updates, with its group."""
     optimizer: Any = engine.optimizer
@@ -177,9 +136,3 @@ def _states(engine: Engine) -> Any:
     """The state of the optimizer inside DeepSpeed's wrapper, by tensor."""
     optimizer: Any = engine.optimizer
     return getattr(optimizer, "optimizer", optimizer).state
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Of this rank's part, also where ZeRO 3 has taken it to pieces."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape

@@ -19,6 +19,7 @@ from dist_transformer.engine.checkpoint import check_checkpoint, load_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import Saver, save_checkpoint
 from dist_transformer.errors import CheckpointError
+from dist_transformer.parallel.collectives import barrier
 from tests.dist.harness import Mesh, run_ranks
 from tests.dist.test_bad_steps import name_of, weights_of
 from tests.dist.test_gradients import Split, config_of, part, rows_of
@@ -189,6 +190,7 @@ def spoil_and_load(mesh: Mesh, folder: str) -> list[str]:
         if mesh.rank == 1:
             file = path / "rank-00001.safetensors"
             file.write_bytes(b"\0" * file.stat().st_size)
+        barrier(mesh)
         try:
             load_checkpoint(engine, path)
         except CheckpointError as error:
