@@ -82,6 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:n_bytes])
             self.wfile.flush()
             if fault[0] == "die":
+                time.sleep(0.3)  # a client forgets what it has not read yet when the connection breaks
                 self.close_connection = True
                 return
             time.sleep(fault[1])
