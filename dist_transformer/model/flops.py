@@ -117,23 +117,28 @@ def hardware_flops(
 
     Args:
         work: what is executed, `executed_work` for dense kernels.
-        recompute: layers that keep only their inputs run forward a second time; selective layers only their attention.
+        recompute: layers that keep only their inputs run forward a second time; selective ones a part.
         fused_attention: the kernel forgets the scores and computes them again (flash and memory-efficient attention).
     """
     forward = forward_flops(model, work)
     encoder, decoder = model.stack("encoder"), model.stack("decoder")
-    source_attention = _attention(encoder, work.source_pairs)
-    target_attention = _attention(decoder, work.target_pairs + work.cross_pairs)
     again = 0.5 * forward.attention if fused_attention else 0.0
-    for policy, stack, weights, attention in (
-        (recompute.encoder, encoder, forward.encoder, source_attention),
-        (recompute.decoder, decoder, forward.decoder, target_attention),
+    for policy, stack, weights, n_pairs, n_positions in (
+        (recompute.encoder, encoder, forward.encoder, work.source_pairs, work.n_source),
+        (recompute.decoder, decoder, forward.decoder, work.target_pairs + work.cross_pairs, work.n_target),
     ):
+        attention, per_weight = _attention(stack, n_pairs), 2.0 * stack.n_layers * n_positions
         if policy == "selective":
-            again += attention
+            # Products with weights are kept, but for the cheap ones: attention's output projections.
+            again += attention + per_weight * _output_weights(stack)
         elif policy != "none":
-            every = recompute.every if policy == "every_n" else 1
-            again += (weights + attention) * -(-stack.n_layers // every) / max(1, stack.n_layers)
+            share = 1.0
+            if policy == "every_n":
+                share = -(-stack.n_layers // recompute.every) / max(1, stack.n_layers)
+            if model.norm_position == "pre" and not stack.dropout:
+                # Nothing in the backward pass reads what a layer's last product gives: torch stops before it.
+                weights -= per_weight * stack.d_model * stack.d_ff
+            again += share * (weights + attention)
     return 3.0 * forward.total + again
 
 
@@ -155,6 +160,12 @@ def _memory_weights(stack: StackConfig) -> int:
 
 def _self_attention_weights(stack: StackConfig) -> int:
     return 2 * stack.d_model * (stack.n_heads + stack.n_kv_heads) * stack.head_dim
+
+
+def _output_weights(stack: StackConfig) -> int:
+    """Weights of one layer's output projections of attention; a decoder layer has two."""
+    n_attentions = 1 if stack.side == "encoder" else 2
+    return n_attentions * stack.d_model * stack.n_heads * stack.head_dim
 
 
 def _feed_forward_weights(model: ModelConfig, stack: StackConfig) -> int:

@@ -37,7 +37,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 def kill_at(step: int, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
     """As a node that dies: everything at once, as soon as a step has been logged."""
-    wait_for(lambda: last_step(run_dir) >= step)
+    wait_for(lambda: last_step(run_dir) >= step, limit_s=400)
     for pid in [*descendants(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.wait()

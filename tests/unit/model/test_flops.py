@@ -160,16 +160,24 @@ def test_counts_of_packed_rows() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sides", [("full", "none"), ("none", "full"), ("full", "full")])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ("full", "none"),
+        ("none", "full"),
+        ("full", "full"),
+        ("selective", "selective"),
+        ("every_n", "every_n"),
+    ],
+)
 def test_recomputed_operations_are_counted(family: str, sides: tuple[Any, Any]) -> None:
     config, recompute = tiny(family), RecomputeConfig(encoder=sides[0], decoder=sides[1])
     model = build(config)
     apply_recompute(model, recompute)
     work = executed_work(N_ROWS, SOURCE_LEN, TARGET_LEN)
     found = hardware_flops(config, work, recompute, fused_attention=False)
-    # torch stops recomputing where nothing more is needed, which in pre-norm layers is before the last product.
-    assert found == pytest.approx(counted(model, *PACKED["dense"]), rel=0.06)
-    assert found > 1.05 * training_flops(config, work)
+    assert found == pytest.approx(counted(model, *PACKED["dense"]), rel=WITHIN)
+    assert found > 1.02 * training_flops(config, work)
 
 
 def test_fused_attention_computes_the_scores_again() -> None:
