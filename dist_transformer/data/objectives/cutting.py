@@ -37,6 +37,16 @@ class Rest:
         self.length = self.source = self.target = 0
         """Of the next piece, set by `Cutter`."""
 
+    @property
+    def all_source(self) -> int:
+        """About how many source tokens all that is left takes."""
+        return self.source * self.left // self.length
+
+    @property
+    def all_target(self) -> int:
+        """About how many target tokens all that is left takes."""
+        return self.target * self.left // self.length
+
 
 Piece = tuple[int, int, int, int, int]
 """(sample, begin, length, source length, target length)"""
@@ -150,16 +160,19 @@ class _Filler:
     def __init__(self, cutter: Cutter, rests: Sequence[Rest]) -> None:
         self._cutter = cutter
         self._row = cutter.max_source_len, cutter.max_target_len
-        source = sum(r.source * r.left / r.length for r in rests)
-        target = sum(r.target * r.left / r.length for r in rests)
-        n_rows = max(source / self._row[0], target / self._row[1])
-        # What a row holds if all are alike; the side that is not short of space cannot be full.
-        self._goal = source / n_rows, target / n_rows
-        self._spare = self._row[0] - self._goal[0], self._row[1] - self._goal[1]
+        self._left = sum(r.all_source for r in rests), sum(r.all_target for r in rests)
+        self._set_goal()
         self._queues: tuple[deque[Rest], deque[Rest]] = deque(), deque()
         for rest in rests:
             self._queues[self._queue_of(rest)].append(rest)
         self._turns = 1, 0
+
+    def _set_goal(self) -> None:
+        """What a row holds if all that are left are alike; the side that is not short of space cannot be full."""
+        n_rows = max(self._left[0] / self._row[0], self._left[1] / self._row[1])
+        if n_rows > 0:
+            self._goal = self._left[0] / n_rows, self._left[1] / n_rows
+            self._spare = self._row[0] - self._goal[0], self._row[1] - self._goal[1]
 
     def _queue_of(self, rest: Rest) -> int:
         return int(rest.source * self._goal[1] < rest.target * self._goal[0])
@@ -168,6 +181,7 @@ class _Filler:
         """The pieces of the next row; none where no document is left."""
         self._pieces: list[Piece] = []
         self._free = self._row
+        self._set_goal()
         # Neither queue may be cut more often: what is left of a cut document can change queues.
         self._turns = self._turns[::-1]
         while (queue := self._greedy()) is not None:
@@ -184,7 +198,9 @@ class _Filler:
             source, target = rest.sizes.of(length, rest.draw)
             self._pieces.append((rest.sample, rest.begin, length, source, target))
             self._free = self._free[0] - source, self._free[1] - target
+            self._left = self._left[0] - rest.all_source, self._left[1] - rest.all_target
             if left := self._cutter.after(rest, length):
+                self._left = self._left[0] + left.all_source, self._left[1] + left.all_target
                 self._queues[self._queue_of(left)].appendleft(left)
 
     def _greedy(self) -> int | None:
