@@ -91,9 +91,9 @@ def _panels(runs: Sequence[RunPage]) -> list[Panel]:
     scores = sorted(key for key in keys if key.startswith("eval/") and not key.endswith("/loss"))
     loss = [("train/loss", "training"), *((key, key[len("eval/") : -len("/loss")]) for key in evals)]
     panels = [
-        _panel("Learning", "Loss", loss, unit="nats per target token", big=True, clip=True),
+        _panel("Learning", "Loss", loss, unit="nats per target token", big=True, clip=0.99),
         _panel("Learning", "Learning rate", [("train/lr", "learning rate")], zero=True, exact=True),
-        _panel("Learning", "Gradient norm", [("train/grad_norm", "before clipping")], log=True, clip=True),
+        _panel("Learning", "Gradient norm", [("train/grad_norm", "before clipping")], log=True, clip=0.99),
         _panel("Learning", "Token accuracy", [("train/accuracy", "training")]),
         *(_panel("Learning", key.removeprefix("eval/"), [(key, key)]) for key in scores),
         _panel("Speed", "Throughput", [
@@ -104,7 +104,7 @@ def _panels(runs: Sequence[RunPage]) -> list[Panel]:
         _panel("Speed", "Time of a step", [
             ("perf/step_time_s", "step"), ("perf/work_time_max_rank_s", "slowest rank's own work"),
             ("perf/work_time_mean_rank_s", "mean rank's own work"),
-        ], unit="s", zero=True, clip=True),
+        ], unit="s", zero=True, clip=0.95),
         _panel("Speed", "Waiting in steps", [
             ("perf/communication_pct", "for other ranks"), ("perf/data_time_pct", "for data"),
         ], unit="% of step time", zero=True),
@@ -123,7 +123,10 @@ def _panels(runs: Sequence[RunPage]) -> list[Panel]:
 
 
 def _panel(group: str, title: str, lines: Sequence[tuple[str, str]], **options: Any) -> Panel:
-    """A chart for `page.js`; evaluations and checkpoints are few points that each count."""
+    """A chart for `page.js`; evaluations and checkpoints are few points that each count.
+
+    Options: `clip`, the share of points that must be seen whole where single spikes rise far above them.
+    """
     return {
         "group": group,
         "title": title,

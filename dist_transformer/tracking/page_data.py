@@ -88,10 +88,11 @@ def _facts(curves: RunCurves, rows: Sequence[Row], hours: float) -> dict[str, st
         facts["training loss"] = f"{smooth(loss)[-1] if len(loss) >= 12 else loss[-1]:.3f}"
     for name, curve in curves.eval_losses.items():
         if values := curve.finite().values:
-            facts[f"{name or 'evaluation'} loss"] = f"{values[-1]:.3f} (best {min(values):.3f})"
+            facts[f"{name or 'evaluation'} loss"] = f"{values[-1]:.3f}"
+            facts[f"best {name or 'evaluation'} loss"] = f"{min(values):.3f}"
     for key, curve in curves.scalars.items():
         if key.endswith("/bleu") and (values := curve.finite().values):
-            facts[f"{key.removeprefix('eval/')}"] = f"{values[-1]:.1f} (best {max(values):.1f})"
+            facts[f"{key.removeprefix('eval/').replace('/', ' ')}"] = f"{values[-1]:.1f}"
     for key, label, unit in (
         ("perf/tokens_per_sec", "tokens/s (median)", ""),
         ("perf/mfu_pct", "MFU (median)", " %"),

@@ -76,7 +76,7 @@ function seriesOf(spec) {
 function range(values, clip) {
   const sorted = values.slice().sort((a, b) => a - b), n = sorted.length;
   let high = sorted[n - 1];
-  const most = sorted[Math.floor(0.99 * (n - 1))];
+  const most = sorted[Math.floor(clip * (n - 1))];
   // Single spikes must not squeeze the curve.
   if (clip && n > 30 && high - most > 0.5 * (most - sorted[0])) high = most;
   return [sorted[0], high];
