@@ -13,7 +13,7 @@ from dist_transformer.data.check import check_data
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import check_checkpoint
-from dist_transformer.errors import ConfigError, UserError
+from dist_transformer.errors import CheckpointError, ConfigError, UserError
 from dist_transformer.parallel.collectives import raise_together
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.tracking import check_tracking
@@ -113,6 +113,9 @@ def _initial_checkpoint(config: Config) -> Path | None:
     source = config.train.init_from
     if source is None:
         return None
-    checkpoint = find_checkpoint_in(Path(source))
+    try:
+        checkpoint = find_checkpoint_in(Path(source))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from: {error}") from None
     check_model(checkpoint, config.model, "give this run the same model section, or another train.init_from")
     return checkpoint

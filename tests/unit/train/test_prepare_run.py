@@ -1,12 +1,15 @@
 """The vocabulary comes from the data; initial weights from a checkpoint of the same model only."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dist_transformer.checkpoints.folder import FORMAT, checkpoints_dir
+from dist_transformer.checkpoints.pieces import whole
+from dist_transformer.checkpoints.publish import partial_folder, publish
+from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
 from dist_transformer.config import Config, build_config
 from dist_transformer.errors import CheckpointError, ConfigError
 from dist_transformer.model import build_model, initialize
@@ -55,23 +58,24 @@ def test_a_vocabulary_that_is_too_small() -> None:
 
 
 def checkpoint_of(config: Config, folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint as stage 0 in float32 writes it, without an engine."""
+    """A checkpoint of one rank, without an engine: weights alone, one behind the other in one file."""
     model = build_model(config.model)
     initialize(model, 5, torch.device("cpu"))
-    path = folder / "checkpoints" / "step-00000001"
-    path.mkdir(parents=True)
-    weights = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
-    torch.save({"module": weights}, path / "mp_rank_00_model_states.pt")
-    description = {
-        "format": 1,
-        "model": config.model.model_dump(mode="json"),
-        "layout": {"zero_stage": 0},
-    }
-    (path / "trainer.json").write_text(json.dumps(description))
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-    (path / "files.json").write_text(json.dumps(sizes))
-    (folder / "checkpoints" / "latest").write_text("step-00000001\n")
-    return {name.removeprefix("model."): value for name, value in weights.items()}
+    partial = partial_folder(checkpoints_dir(folder), 1)
+    partial.mkdir(parents=True)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    n_elements = sum(value.numel() for value in weights.values())
+    entry = Entry("master", torch.float32, (n_elements,), list(weights.values()))
+    file = "rank-00000.safetensors"
+    publish(
+        partial,
+        {file: write_safetensors(partial / file, [entry], {})},
+        {"format": FORMAT, "model": config.model.model_dump(mode="json")},
+        {file: [whole(name, tuple(value.shape)).to_json() for name, value in weights.items()]},
+        keep=1,
+        keep_every=None,
+    )
+    return weights
 
 
 def test_initial_weights(tmp_path: Path) -> None:
@@ -101,5 +105,5 @@ def test_weights_of_another_model(tmp_path: Path, model: dict[str, Any], says: s
 
 
 def test_no_weights_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"train\.init_from=.*nothing: no checkpoint there"):
+    with pytest.raises(CheckpointError, match=r"train\.init_from: .*nothing: neither a checkpoint nor a run"):
         initial_weights(config_of({"vocab_size": 64}, init_from=str(tmp_path / "nothing")))
