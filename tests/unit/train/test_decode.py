@@ -66,7 +66,10 @@ def test_reading_lines(tmp_path: Path) -> None:
         ({"objective": "ul2"}, ("fill_texts", 3)),
         ({"objective": "ul2", "mode_tokens": False}, ("fill_texts", None)),
         ({"objective": "ul2", "denoisers": [{"mode": "S", "density": 0.25}]}, ("continue_texts", 4)),
-        ({"train": None, "mixture": [{"train": "x", "objective": "prefix_lm"}, {"train": "y"}]}, ("continue_texts", None)),
+        (
+            {"train": None, "mixture": [{"train": "x", "objective": "prefix_lm"}, {"train": "y"}]},
+            ("continue_texts", None),
+        ),
     ],
 )
 def test_a_model_does_what_it_was_trained_for(
