@@ -146,7 +146,7 @@ def test_checkpoint_of_another_model_or_damaged(
     )  # fmt: skip
     assert contents(run_dir / "checkpoints") == before
     files = json.loads((run_dir / "checkpoints" / "step-00000002" / "files.json").read_text())
-    largest = run_dir / "checkpoints" / "step-00000002" / max(files, key=lambda name: files[name])
+    largest = run_dir / "checkpoints" / "step-00000002" / max(files, key=lambda name: files[name]["size"])
     largest.write_bytes(largest.read_bytes()[:-100])
     refused("train", config, "train.steps=4", exit_code=1, says=[largest.name, "the checkpoint is damaged"])
     refused("generate", run_dir, exit_code=1, says=[largest.name, "the checkpoint is damaged"])
