@@ -33,7 +33,10 @@ def add_jobs(commands: Commands) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument(
-        "--limit", type=not_negative, default=3, help="failures in a row without a new checkpoint (default: 3)"
+        "--limit",
+        type=not_negative,
+        default=3,
+        help="failures in a row without a new checkpoint (default: 3)",
     )
 
 

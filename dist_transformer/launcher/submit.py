@@ -183,10 +183,11 @@ def _git(root: Path, *arguments: str) -> str:
 
 def describe_plan(plan: Plan) -> str:
     """The job in one line."""
-    dp_size = plan.resources.n_ranks // plan.config.parallel.tp_degree
-    batch = plan.config.train
-    parallel = plan.config.parallel
+    parallel, batch = plan.config.parallel, plan.config.train
+    dp_size = plan.resources.n_ranks // parallel.tp_degree
+    micro_steps = grad_accum_steps(plan.config, dp_size)
     return (
         f"{plan.resources.n_ranks} ranks on {plan.resources.nodes} node(s): dp {dp_size} x tp {parallel.tp_degree}, "
-        f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = {dp_size} x {batch.micro_batch_size} x {grad_accum_steps(plan.config, dp_size)} micro-steps"
+        f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = "
+        f"{dp_size} x {batch.micro_batch_size} x {micro_steps} micro-steps"
     )
