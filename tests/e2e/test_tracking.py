@@ -14,12 +14,12 @@ import pytest
 from dist_transformer.tracking import read_metrics
 from dist_transformer.tracking.wandb_log import history, wandb_files
 from tests.e2e.conftest import launch
-from tests.e2e.test_resume import WriteConfig, last_step, start, wait_for
+from tests.e2e.test_resume import start, wait_for
 from tests.tools.wandb_log import run_record
 
 # Four starts in one fixture: on a busy machine more than the usual limit.
 pytestmark = pytest.mark.timeout(900)
-N_STEPS = 24
+N_STEPS = 70
 ACCOUNTS = ("compute", "communication", "input", "checkpoint", "evaluation", "other")
 
 
@@ -35,9 +35,16 @@ def descendants(pid: int) -> Iterator[int]:
             yield from descendants(child)
 
 
-def kill_at(step: int, process: "subprocess.Popen[bytes]", run_dir: Path) -> None:
-    """As a node that dies: everything at once, as soon as a step has been logged."""
-    wait_for(lambda: last_step(run_dir) >= step, limit_s=400)
+def kill(process: "subprocess.Popen[bytes]", run_dir: Path, n_restarts: int) -> None:
+    """As a node that dies: everything at once, as soon as this process has logged some steps."""
+
+    def has_trained() -> bool:
+        path = run_dir / "metrics.jsonl"
+        rows = read_metrics(run_dir) if path.exists() else []
+        own = [row for row in rows if row["event"] == "train" and row["trainer/restarts"] == n_restarts]
+        return len(own) >= 8
+
+    wait_for(has_trained, limit_s=400)
     for pid in [*descendants(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -53,12 +60,12 @@ def run_dir(
         run={"dir": str(run_dir)},
         train={"steps": N_STEPS},
         checkpoint={"every": 5, "keep": 2, "asynchronous": False},
-        evaluate={"every": 10, "batches": 1, "samples": 2},
+        evaluate={"every": 20, "batches": 1, "samples": 2},
         generate={"beam_size": 1, "max_len": 8},
         tracking={"every": 1, "wandb": {"mode": "offline"}},
     )
-    for step in (8, 13, 18):
-        kill_at(step, start(config, "--nproc", 2), run_dir)
+    for n_restarts in range(3):
+        kill(start(config, "--nproc", 2), run_dir, n_restarts)
     started = time.time()
     done = launch(config, "--nproc", 2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,7 +86,7 @@ def test_one_dashboard_run_with_every_step_once(run_dir: Path) -> None:
     truth = [row for row in read_metrics(run_dir, last_wins=True) if row["event"] == "train"]
     assert [row["train/loss"] for row in plotted] == [row["train/loss"] for row in truth]
     evals = [row["trainer/step"] for row in rows if any(key.startswith("eval/") for key in row)]
-    assert evals == [10, 20, N_STEPS]
+    assert evals == [20, 40, 60, N_STEPS]
     assert sum(row.get("alert/kind") == "restart" for row in rows) == 3
 
 
@@ -116,7 +123,7 @@ def test_goodput_counts_restarts(run_dir: Path) -> None:
     assert f"goes on after step {steps[-1]}" in alerts[-1]["alert/text"]
 
 
-def test_figures_of_a_step(run_dir: Path, write_config: WriteConfig) -> None:
+def test_figures_of_a_step(run_dir: Path) -> None:
     rows = [row for row in read_metrics(run_dir) if row["event"] == "train"]
     for row in rows:
         assert 0 < row["perf/mfu_pct"] < row["perf/hfu_pct"] < 200
