@@ -64,7 +64,7 @@ def _train(case: str, rows: int, step_ms: float, every: int, run_dir: Path) -> d
     mode: Any = {"none": "disabled", "offline": "offline"}.get(case, "auto")
     began = time.perf_counter()
     sinks = build_sinks(TrackingConfig(wandb=WandbConfig(mode=mode)), run_dir, {"seed": 1}, resumed_step=0)
-    log = MetricsLog(run_dir, sinks, lambda _: None)
+    log = MetricsLog(run_dir, sinks, lambda _: None, open_timeout=120.0)
     open_s = time.perf_counter() - began
     a = torch.randn(256, 256)
     values = {f"perf/figure_{n}": n * 1.5 for n in range(38)} | {"train/loss": 2.5}

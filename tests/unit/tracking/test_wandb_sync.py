@@ -55,7 +55,7 @@ def sync(run_dir: Path, **keywords: Any) -> tuple[Synced, list[str]]:
 def test_torn_tails_and_stubs_are_mended_and_nothing_is_sent_twice(
     server: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    offline(tmp_path, 0, 10**6, kill_at=24)
+    offline(tmp_path, 0, 10**6, kill_at=90)  # some seconds: wandb flushes once a second
     torn = wandb_files(tmp_path)[0]
     whole = find_tail(torn)
     torn.write_bytes(torn.read_bytes()[: whole.end] + b"\x12\x34\x56\x78\xff\x7f\x01half a record")
@@ -78,10 +78,10 @@ def test_torn_tails_and_stubs_are_mended_and_nothing_is_sent_twice(
     assert steps_on(server) == first
 
     # The run goes on where there is no network: what the server has of lost steps is not drawn again.
-    offline(tmp_path, 20, 40)
+    offline(tmp_path, 20, 120)
     age(tmp_path)
     assert cli.main(["track", "sync", str(tmp_path)]) == 0
-    assert steps_on(server) == list(range(1, 41))
+    assert steps_on(server) == list(range(1, 121))
     assert len(server.state.runs) == 1
 
 
