@@ -9,7 +9,7 @@ from typing import Any
 from dist_transformer.config import load_config
 from dist_transformer.errors import ConfigError, LaunchError
 from dist_transformer.launcher.slurm import has_slurm, job_fields, run_slurm
-from dist_transformer.tracking.exits import Exit, newest_step, read_exits
+from dist_transformer.tracking.exits import ATTEMPT_NAME, Exit, newest_step, read_exits
 from dist_transformer.tracking.heartbeats import Beat, read_beats
 from dist_transformer.tracking.metrics import read_metrics
 from dist_transformer.tracking.switches import ask_to_stop
@@ -46,11 +46,13 @@ class RunStatus:
     exits: list[Exit]
     beats: list[Beat]
     now: float
+    is_open: bool
+    """A start is recorded that has not ended."""
 
     @property
     def is_alive(self) -> bool:
         """Whether any rank has shown a sign of life of late."""
-        return any(self.now - beat.written < _ALIVE_S for beat in self.beats)
+        return self.is_open and any(self.now - beat.written < _ALIVE_S for beat in self.beats)
 
     @property
     def word(self) -> str:
@@ -103,6 +105,7 @@ def run_status(run_dir: Path) -> RunStatus:
         exits=exits,
         beats=beats,
         now=time.time(),
+        is_open=(run_dir / ATTEMPT_NAME).exists(),
     )
 
 

@@ -104,7 +104,7 @@ def test_unknown_keys_are_answered_at_every_depth(tree: dict[str, Any], path: st
 
 def test_a_key_like_no_other_is_answered_with_all_that_are_known() -> None:
     [found] = problems_of({**MINIMAL, "recompute": {"zzz": 1}})
-    assert found == "configuration: recompute.zzz: unknown key: known here: encoder, decoder"
+    assert found == "configuration: recompute.zzz: unknown key: known here: encoder, decoder, every"
 
 
 @pytest.mark.parametrize(
