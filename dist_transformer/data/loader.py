@@ -146,19 +146,32 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
     # column.
     by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
     chunks = iter(loader)
-    while True:
-        try:
-            turn = [next(chunks) for _ in range(n_workers)]
-        except RuntimeError as error:
-            raise DataError(
-                f"a loader worker died ({str(error).splitlines()[0]}); if the machine ran out of memory, "
-                "lower "
-                "data.workers or data.window_tokens"
-            ) from error
-        for chunk in turn:
+    try:
+        while isinstance(turn := _next_turn(chunks, n_workers), list):
+            yield PlacedRows.concatenate(turn).select(by_turns)
+        raise turn
+    finally:
+        # The loader ends its workers when its iterator is gone, and an error on its way up would keep this frame. At
+        # the interpreter's end it would be too late: workers block the signal that they would be ended with then.
+        del chunks
+
+
+def _next_turn(chunks: Iterator[Any], n_workers: int) -> list[PlacedRows] | DataError:
+    """A chunk of each worker; or what went wrong, as a value: raised here, it would keep the loader's frames."""
+    turn: list[PlacedRows] = []
+    try:
+        for _ in range(n_workers):
+            chunk = next(chunks)
             if isinstance(chunk, DataError):
-                raise chunk
-        yield PlacedRows.concatenate(turn).select(by_turns)
+                return DataError(str(chunk))
+            turn.append(chunk)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return DataError(
+            f"a loader worker died ({reason}); if the machine ran out of memory, lower data.workers or "
+            "data.window_tokens"
+        )
+    return turn
 
 
 def start_fork_server() -> None:

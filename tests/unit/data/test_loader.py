@@ -60,7 +60,7 @@ def test_a_bad_shard_is_the_same_sentence_from_a_worker(
     content[20 * 1024 : 20 * 1024 + 600] = b"\xff" * 600  # same size: found while reading
     path.write_bytes(content)
     with pytest.raises(
-        DataError, match=r"^shard .*train-00002.tar ends after 10 of 40 samples: copy it again"
+        DataError, match=r"^shard .*train-00002.tar is damaged after sample 10 .*: copy it again"
     ):
         run(pairs_config(tmp_path, workers=workers), 1, 40)
 
@@ -77,6 +77,48 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
         for _ in range(100):
             next(batches)
     stream.close()
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["damaged shard", "killed worker"])
+def test_a_process_that_keeps_the_error_ends_all_the_same(
+    tmp_path: Path, make_shards: MakeShards, kill: bool
+) -> None:
+    """Workers block SIGTERM, so whoever waits for them at the interpreter's end would wait for ever."""
+    make_shards(tmp_path, numbered_pairs(4, lambda _: 40), "pairs")
+    if not kill:
+        path = tmp_path / "train-00002.tar"
+        path.write_bytes(path.read_bytes()[: 20 * 1024].ljust(path.stat().st_size, b"\xff"))
+    done = subprocess.run(
+        [sys.executable, "-c", _KEEPS_ITS_ERROR, str(tmp_path), str(int(kill))],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert ("a loader worker died" if kill else "train-00002.tar is damaged") in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+_KEEPS_ITS_ERROR = """
+import multiprocessing, os, signal, sys
+from dist_transformer.config import DataConfig
+from dist_transformer.data.stream import TrainStream
+from dist_transformer.errors import DataError
+
+if __name__ == "__main__":
+    data = DataConfig(train=sys.argv[1], objective="pairs", max_source_len=32, max_target_len=32, workers=2)
+    batches = iter(TrainStream(data, seed=1, dp_rank=0, dp_size=1, micro_batch_size=2))
+    kept = None
+    try:
+        for number in range(1000):
+            next(batches)
+            if number == 3 and sys.argv[2] == "1":
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+    except DataError as error:
+        kept = error
+    print(kept)
+"""
 
 
 def test_workers_end_with_a_killed_parent_and_ignore_the_schedulers_signals(
