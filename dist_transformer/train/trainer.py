@@ -9,6 +9,7 @@ from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
 from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.batch import Batch
+from dist_transformer.data.loader import start_fork_server
 from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
@@ -47,6 +48,8 @@ def train(config: Config) -> None:
     signals, accounts = StopSignals(), TimeAccounts()
     with time_collectives(accounts), open_mesh(config.parallel.tp_degree) as mesh:
         config, tokenizer = prepare_run(config, mesh)
+        if config.data.workers:
+            start_fork_server()  # it imports torch while the model is built
         checkpoint = find_checkpoint(config, mesh)
         start_step = read_trainer_state(checkpoint).step if checkpoint else 0
         outlets = _open_outlets(config, mesh, start_step)
