@@ -113,7 +113,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, pair_shards: Path, write_conf
     assert "step-00000001 is still whole" in sentence
     rows = read_metrics(run_dir)
     assert sorted(steps_of(rows)) == [1, 2, 3, 4]
-    alerts = [str(row["alert/text"]) for row in rows if row["event"] == "alert"]
+    alerts = [str(row["alert/text"]) for row in rows if row.get("alert/kind") == "checkpoint"]
     assert len(alerts) == 2
     assert "the checkpoint of step 2 was not saved" in alerts[0]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step-00000001"]

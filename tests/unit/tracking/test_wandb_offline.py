@@ -216,6 +216,7 @@ import os, signal, sys, time
 from pathlib import Path
 from dist_transformer.config import TrackingConfig, WandbConfig
 from dist_transformer.tracking import MetricsLog, build_sinks
+from dist_transformer.tracking.wandb_log import records, wandb_files
 from dist_transformer.tracking.wandb_sink import core_pid
 run_dir, said = Path(sys.argv[1]), []
 sinks = build_sinks(TrackingConfig(wandb=WandbConfig(mode="offline")), run_dir, {}, said.append, resumed_step=0)
@@ -223,7 +224,11 @@ log = MetricsLog(run_dir, sinks, said.append, open_timeout=60)
 for step in range(1, 101):
     log.log("train", step, {"train/loss": 1.0})
     if step == 30:
-        time.sleep(0.5)
+        until = time.monotonic() + 30  # for the first description of the run to be on disk
+        while time.monotonic() < until and not any(
+            record.WhichOneof("record_type") == "run" for file in wandb_files(run_dir) for record, _ in records(file)
+        ):
+            time.sleep(0.1)
         os.kill(core_pid(), signal.SIGKILL)
     if step == 60:
         until = time.monotonic() + 30
