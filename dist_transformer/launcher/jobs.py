@@ -128,7 +128,7 @@ def describe_status(status: RunStatus) -> list[str]:
         restarts = f", restarted {job.restarts} times" if job.restarts else ""
         nodes = f" on {job.nodes}" if job.nodes not in ("", "(null)") else ""
         lines.append(f"  job {job.id:<8}{job.state or 'unknown: no Slurm here'}{reason}{nodes}{restarts}")
-    if status.beats:
+    if status.is_alive:
         oldest = min(status.beats, key=lambda beat: beat.written)
         lines.append(
             f"  ranks       {len(status.beats)}; oldest sign of life {max(0.0, status.now - oldest.written):.0f} s "
