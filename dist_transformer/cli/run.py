@@ -128,7 +128,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import json
 
-    from dist_transformer.train.decode import evaluate_files
+    from dist_transformer.train.scores import evaluate_files
 
     scores = evaluate_files(
         Path(options.run_dir),
