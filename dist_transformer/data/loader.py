@@ -14,7 +14,8 @@ import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, sharedctypes
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,30 @@ class RankRows:
             )
 
 
+class Flag:
+    """A switch that processes share, without a lock.
+
+    `multiprocessing.Event` takes a lock even to be read: a worker that is killed at that instant keeps it, and
+    whoever asks next waits for ever. The loader asks it whenever it finds a worker dead.
+    """
+
+    def __init__(self) -> None:
+        self._value = sharedctypes.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+
+class _WorkerContext(ForkServerContext):
+    """The fork server's processes and queues, with flags that a killed process cannot hold."""
+
+    def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802  # the library's name
+        return Flag()
+
+
 class _WorkerRows(IterableDataset[Any]):
     """What runs in a worker process."""
 
@@ -137,7 +162,7 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         num_workers=n_workers,
         collate_fn=_as_is,
         prefetch_factor=prefetch * n_workers,
-        multiprocessing_context="forkserver",
+        multiprocessing_context=_WorkerContext(),
         worker_init_fn=_prepare_worker,
         # Its own: drawing the workers' seed from the default one would shift dropout after a resume.
         generator=torch.Generator(),

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from dist_transformer.data.loader import Flag
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import MakeShards, numbered_pairs
@@ -77,6 +79,28 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
         for _ in range(100):
             next(batches)
     stream.close()
+
+
+def _ask_for_ever(flag: Flag, started: Connection) -> None:
+    started.send(None)
+    while not flag.is_set():
+        pass
+
+
+def test_a_flag_can_be_asked_after_a_process_died_while_asking() -> None:
+    """An Event of multiprocessing cannot: asked the same way it hung after the tenth."""
+    context = multiprocessing.get_context("forkserver")
+    flag = Flag()
+    for _ in range(20):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_ask_for_ever, args=(flag, theirs))
+        process.start()
+        ours.recv()
+        process.kill()
+        process.join()
+        assert not flag.is_set()
+    flag.set()
+    assert flag.is_set()
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["damaged shard", "killed worker"])
