@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_transformer.data.loader import Flag
+from dist_transformer.data.loader import Flag, start_fork_server
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import MakeShards, numbered_pairs
@@ -89,6 +89,7 @@ def _ask_for_ever(flag: Flag, started: Connection) -> None:
 
 def test_a_flag_can_be_asked_after_a_process_died_while_asking() -> None:
     """An Event of multiprocessing cannot: asked the same way it hung after the tenth."""
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
     flag = Flag()
     for _ in range(20):
