@@ -30,7 +30,7 @@ def test_batches_shrink_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -
         return [Generated(line.upper(), 0.0, ()) for line in lines]
 
     monkeypatch.setattr(decode, "generate_texts", write)
-    assert decode._decode(run_of(), ["a", "b"], {"batch_tokens": 4000}) == ["A", "B"]
+    assert decode.decode_lines(run_of(), ["a", "b"], {"batch_tokens": 4000}) == ["A", "B"]
     assert asked[0] == 4000
     assert asked == sorted(asked, reverse=True)
     assert 500 < asked[-1] <= 1000
@@ -41,20 +41,20 @@ def test_a_line_stays_a_line_and_cut_sources_are_named(
 ) -> None:
     outputs = [Generated("one\ntwo", 0.0, ()), Generated("three", 0.0, (), n_cut=4)]
     monkeypatch.setattr(decode, "generate_texts", lambda *_, **__: outputs)
-    assert decode._decode(run_of(), ["a", "b"], {}) == ["one two", "three"]
+    assert decode.decode_lines(run_of(), ["a", "b"], {}) == ["one two", "three"]
     assert "1 of 2 inputs" in capsys.readouterr().err
 
 
 def test_reading_lines(tmp_path: Path) -> None:
     good = tmp_path / "good.txt"
     good.write_bytes("eins\r\n\nzwei ü".encode())
-    assert decode._read_lines(str(good)) == ["eins", "", "zwei ü"]
+    assert decode.read_lines(str(good)) == ["eins", "", "zwei ü"]
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"eins\n\xff\n")
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8"):
-        decode._read_lines(str(bad))
+        decode.read_lines(str(bad))
     with pytest.raises(ConfigError, match=r"none\.txt: cannot be read"):
-        decode._read_lines(str(tmp_path / "none.txt"))
+        decode.read_lines(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_a_model_does_what_it_was_trained_for(
     tree = {"run": {"dir": "x"}, "data": {"train": "x"} | data, "train": {"steps": 1}}
     tokenizer = SimpleNamespace(mode_ids={"R": 3, "S": 4, "X": 5})
     run = SimpleNamespace(config=build_config(tree), model=None, tokenizer=tokenizer)
-    assert decode._decode(run, ["a"], {}) == ["done"]  # type: ignore[arg-type]
+    assert decode.decode_lines(run, ["a"], {}) == ["done"]  # type: ignore[arg-type]
     assert called == [expected]
