@@ -149,6 +149,9 @@ class CheckpointConfig(Section):
     """Checkpoints of every so many steps stay for ever, besides the newest; null: none."""
     asynchronous: bool = True
     """Copy to CPU memory and write while training goes on; false: training waits, and the copy's memory is saved."""
+    on_failed_save: Literal["go_on", "end"] = "go_on"
+    """When a save fails, as on a full disk: an alert, and the next save tries again; or the run ends, every rank, with
+    one sentence. Either way the checkpoint before stays whole, and a failed last save gives exit code 1."""
     verify: Literal["size", "sha256"] = "size"
     """What is compared before resuming: sizes of files, or their contents too (every file is read once more)."""
 

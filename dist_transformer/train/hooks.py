@@ -119,7 +119,8 @@ class EvaluateHook:
 class CheckpointHook:
     """Every `checkpoint.every` steps and at the end: save.
 
-    A save that fails is an alert, and the next one tries again; the run fails only if its last save did.
+    A save that fails is an alert, and the next one tries again; the run fails if its last save did, and with
+    `checkpoint.on_failed_save=end` if any did.
 
     Raises:
         CheckpointError: on every rank, if there is no room for a checkpoint before the first step.
@@ -139,10 +140,11 @@ class CheckpointHook:
         """Save when it is time, and see how the save before goes.
 
         Raises:
-            CheckpointError: on every rank, if the run's last save failed.
+            CheckpointError: on every rank, if the run's last save failed, or any where that is to end it.
         """
         for outcome in self.saver.poll():
             self._record(report.step, outcome)
+            self._refuse_to_go_on(outcome, must_hold=self.config.checkpoint.on_failed_save == "end")
         if not report.save:
             return
         if self.outlets.console is not None:
@@ -152,8 +154,15 @@ class CheckpointHook:
             ended += self.saver.finish()
         for outcome in ended:
             self._record(report.step, outcome)
-        if report.is_last and ended[-1].error is not None:
-            failure = CheckpointError(f"{ended[-1].error}: mend it, and the same command goes on from there")
+            is_last = report.is_last and outcome is ended[-1]
+            self._refuse_to_go_on(
+                outcome, must_hold=is_last or self.config.checkpoint.on_failed_save == "end"
+            )
+
+    @staticmethod
+    def _refuse_to_go_on(outcome: SaveOutcome, *, must_hold: bool) -> None:
+        if must_hold and outcome.error is not None:
+            failure = CheckpointError(f"{outcome.error}: mend it, and the same command goes on from there")
             failure.on_every_rank = True
             raise failure
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,10 +34,16 @@ def command(
     )
 
 
-def launch(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """`launch/local.sh ARGUMENTS`."""
+def launch(*arguments: str | Path, max_file_bytes: int | None = None) -> "subprocess.CompletedProcess[str]":
+    """`launch/local.sh ARGUMENTS`, whose processes may write no larger file than that."""
+
+    def limit() -> None:
+        if max_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
     return subprocess.run(
         [str(ROOT / "launch" / "local.sh"), *map(str, arguments)],
+        preexec_fn=limit,
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

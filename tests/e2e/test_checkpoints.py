@@ -14,6 +14,7 @@ import pytest
 from dist_transformer.checkpoints.folder import latest_checkpoint
 from dist_transformer.tracking import read_metrics
 from tests.e2e.conftest import LIMIT_S, command, environment, launch, steps_of
+from tests.e2e.test_bad_input import contents
 
 WriteConfig = Callable[..., Path]
 N_KILLS = 5
@@ -121,6 +122,55 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, pair_shards: Path, write_conf
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming after step 1 " in again.stdout
     assert latest_step(run_dir) == 4
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_where_wanted(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    """With two ranks: both end at the failed save, one sentence, the checkpoint before stays whole."""
+    config = write_config(
+        pair_shards,
+        train={"steps": 9},
+        checkpoint={"every": 2, "on_failed_save": "end", "asynchronous": False},
+        evaluate={"every": 100},
+    )
+    run_dir = tmp_path / "run"
+    done = launch(config, "--nproc", 2, "train.steps=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    n_bytes = (run_dir / "checkpoints" / "step-00000001" / "rank-00001.safetensors").stat().st_size
+    failed = launch(config, "--nproc", 2, max_file_bytes=n_bytes // 2)
+    said = failed.stdout + failed.stderr
+    assert failed.returncode == 1, said
+    assert "Traceback" not in said
+    assert said.count("the same command goes on from there") == 1
+    assert "the checkpoint of step 2 was not saved: rank 0" in said
+    assert sorted(steps_of(read_metrics(run_dir))) == [1, 2]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "override", "sentence"),
+    [
+        (2, "data.workers=3", "2 ranks x 3 workers need a multiple of 6 lanes"),
+        (2, "parallel.tp_degree=4", "parallel.tp_degree=4"),
+        (3, "parallel.zero_stage=1", "3 ranks"),
+    ],
+    ids=["lanes", "ranks of a model", "batch"],
+)
+def test_a_checkpoint_whose_layout_cannot_be_met(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig, n_ranks: int, override: str, sentence: str
+) -> None:
+    """Each rank ends, one speaks, and the checkpoint is as it was."""
+    config = write_config(pair_shards, train={"steps": 2})
+    done = command("train", config)
+    assert done.returncode == 0, done.stderr
+    before = contents(tmp_path / "run" / "checkpoints")
+    refused = launch(config, "--nproc", n_ranks, override, "train.steps=4")
+    said = refused.stdout + refused.stderr
+    assert refused.returncode in (1, 2), said
+    assert said.count(sentence) == 1, said
+    assert "Traceback" not in said
+    assert contents(tmp_path / "run" / "checkpoints") == before
 
 
 def test_a_folder_that_cannot_be_written(
