@@ -7,12 +7,13 @@
 # Variables, and what stands in for them in a Slurm job step:
 #   MASTER_ADDR  node 0, as the other nodes reach it   [the first node of the job]
 #   MASTER_PORT  a port that is free there             [from the job's number; else 29500]
-#   NNODES       how many nodes                        [the step's]
+#   NNODES       how many nodes; 2:4 for 2 to 4         [the step's]
 #   NODE_RANK    which one this is, from 0             [the task's]
 #   NPROC        ranks on this node, as --nproc        [its GPUs; 1 where there are none]
 #   RDZV_ID      name of the meeting                   [job number and restart count; else dist_transformer]
 #   RDZV_TIMEOUT seconds that nodes wait for each other [600]
 # --max-restarts N: where a rank fails, all ranks start again from the last checkpoint, N times [0].
+# NNODES=MIN:MAX goes on without nodes that fail, and takes in nodes that come (again), as long as MIN and node 0 are there.
 # SIGUSR1, SIGTERM or ctrl-C: the ranks save and end; the same command goes on from there.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -68,9 +69,11 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${NODE_RANK:-}" ]; then
   RDZV_ID=${RDZV_ID:-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}
 fi
 [ -n "${NNODES:-}" ] || refuse "NNODES is not set: how many nodes take part (on one machine, launch/local.sh is simpler)"
-{ is_number "$NNODES" && [ "$NNODES" -gt 0 ]; } || refuse "NNODES=$NNODES is not a number of nodes"
-[ -n "${NODE_RANK:-}" ] || refuse "NODE_RANK is not set: which of the $NNODES nodes this is, from 0"
-{ is_number "$NODE_RANK" && [ "$NODE_RANK" -lt "$NNODES" ]; } || refuse "NODE_RANK=$NODE_RANK is not one of 0 to $((NNODES - 1)) (NNODES=$NNODES)"
+least=${NNODES%%:*} most=${NNODES#*:}
+{ is_number "$least" && is_number "$most" && [ "$least" -gt 0 ] && [ "$least" -le "$most" ]; } ||
+  refuse "NNODES=$NNODES is not a number of nodes, such as 4, nor a range, such as 2:4"
+[ -n "${NODE_RANK:-}" ] || refuse "NODE_RANK is not set: which of the $most nodes this is, from 0"
+{ is_number "$NODE_RANK" && [ "$NODE_RANK" -lt "$most" ]; } || refuse "NODE_RANK=$NODE_RANK is not one of 0 to $((most - 1)) (NNODES=$NNODES)"
 [ -n "${MASTER_ADDR:-}" ] || refuse "MASTER_ADDR is not set: the name or address of node 0, as the other nodes reach it"
 MASTER_PORT=${MASTER_PORT:-29500}
 { is_number "$MASTER_PORT" && [ "$MASTER_PORT" -ge 1 ] && [ "$MASTER_PORT" -le 65535 ]; } || refuse "MASTER_PORT=$MASTER_PORT is not a port"
@@ -96,13 +99,17 @@ fi
 
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3) || refuse "there is no Python: run make setup, or set PYTHON"
-# One process reads the configuration first, so that a mistake is one sentence and not one for each rank.
-run_dir=$("$python" -m dist_transformer config "${arguments[@]}" --field run.dir) || exit $?
+# One process reads the configuration first, so that a mistake is one sentence and not one for each rank. In a job, the batch
+# script has done so.
+run_dir=${DIST_TRANSFORMER_RUN_DIR:-}
+if [ -z "$run_dir" ] || [ -z "${SLURM_STEP_ID:-}" ]; then
+  run_dir=$("$python" -m dist_transformer config "${arguments[@]}" --field run.dir) || exit $?
+fi
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
 
 say() {
-  if [ "$NNODES" -eq 1 ]; then echo "$launcher_name: $*"; else echo "$launcher_name: node $NODE_RANK of $NNODES ($(uname -n)): $*"; fi
+  if [ "$NNODES" = 1 ]; then echo "$launcher_name: $*"; else echo "$launcher_name: node $NODE_RANK of $NNODES ($(uname -n)): $*"; fi
 }
 [ "$n_cores" -ge "$nproc" ] ||
   say "only $n_cores CPU core(s) for $nproc ranks: ask for more (Slurm: --cpus-per-task or --exclusive)" >&2

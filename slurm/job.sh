@@ -4,33 +4,35 @@
 
 say() { echo "$(basename "${SCRIPT_NAME:-job}"): $(date +%H:%M:%S) $*"; }
 job_field() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
-newest() { cat "$run_dir/checkpoints/latest" 2>/dev/null || true; }
-is_finished() { local last; last=$(newest); last=${last#step-}; [ -n "$last" ] && [ "$((10#$last))" -ge "$steps" ]; }
-n_ends() { if [ -f "$run_dir/exits.jsonl" ]; then wc -l <"$run_dir/exits.jsonl"; else echo 0; fi; }
 
 # Finds Python and the run directory, and checks the configuration: a mistake is one sentence, before any node starts.
 prepare_job() {
+  export DIST_TRANSFORMER_CLOCK="batch=$EPOCHREALTIME"
   python=${PYTHON:-$root/.venv/bin/python}
   [ -x "$python" ] || python=$(command -v python3)
   export PYTHON=$python
   [ ${#arguments[@]} -gt 0 ] || { say "usage: sbatch [options] $SCRIPT_NAME CONFIG.yaml [section.key=value ...]" >&2; exit 2; }
-  run_dir=$("$python" -m dist_transformer config "${arguments[@]}" --field run.dir)
   # Of an array, each job is a run of its own seed.
-  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    run_dir=$run_dir-seed$SLURM_ARRAY_TASK_ID
-    arguments+=("run.seed=$SLURM_ARRAY_TASK_ID" "run.dir=$run_dir")
-  fi
-  steps=$("$python" -m dist_transformer config "${arguments[@]}" --field train.steps)
-  max_restarts=$("$python" -m dist_transformer config "${arguments[@]}" --field faults.max_restarts)
-  started_from=$(newest)
-  ends_before=$(n_ends)
-  if is_finished; then
-    say "$run_dir is finished: $started_from of $steps steps"
+  local seed=() answer
+  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then seed=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
+  run_dir="" max_restarts="" n_ends="" checkpoint="" finished=""
+  answer=$("$python" -m dist_transformer job begin ${seed[@]+"${seed[@]}"} "${arguments[@]}")
+  eval "$answer"
+  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then arguments+=("run.seed=$SLURM_ARRAY_TASK_ID" "run.dir=$run_dir"); fi
+  if [ -n "$finished" ]; then
+    say "$run_dir is finished: $finished"
     exit 0
   fi
+  # launch/node.sh need not read the configuration again.
+  export DIST_TRANSFORMER_RUN_DIR=$run_dir
   MASTER_ADDR=$("$root/launch/node.sh" --head-address)
   export MASTER_ADDR
-  say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, ${started_from:-no checkpoint yet}, run directory $run_dir"
+  # Not every Slurm tells the ranks when the job's time is up: whether a signal was the time limit's (see exits.jsonl).
+  if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+    SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
+    export SLURM_JOB_END_TIME
+  fi
+  say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, ${checkpoint:-no checkpoint yet}, run directory $run_dir"
 }
 
 # run_step COMMAND...: runs srun, and asks all ranks to save when this job is told to stop.
@@ -39,6 +41,7 @@ prepare_job() {
 run_step() {
   # One task may be many ranks: it may use all of the job's cores there. (Without such a plugin nothing is bound.)
   case $(scontrol show config | sed -n 's/^TaskPlugin *= *//p') in *affinity* | *cgroup*) export SLURM_CPU_BIND=none ;; esac
+  DIST_TRANSFORMER_CLOCK+=" srun=$EPOCHREALTIME"
   trap '' USR1 TERM
   (exec "$@") &
   step=$!
@@ -64,29 +67,30 @@ stop() {
 # Requeues the job where that makes sense, and ends.
 end_job() {
   # A job that was cancelled stays so; one that reached its limit while it saved does not.
-  local state reason why preempted
+  local state reason preempted answer verdict why
   state=$(job_field JobState)
   reason=$(job_field Reason)
   preempted=$(job_field PreemptTime)
-  if is_finished; then
-    say "finished: $(newest) of $steps steps"
-    exit "$status"
-  fi
-  why=$("$python" -m dist_transformer restart "$run_dir" --limit "$max_restarts") && restart=1 || restart=0
-  if [ "$(n_ends)" -eq "$ends_before" ]; then
-    say "ended with status $status before training began: not requeued; see above, and $run_dir/logs" >&2
-    exit $((status == 0 ? 1 : status))
-  fi
+  answer=$("$python" -m dist_transformer job end "$run_dir" --limit "$max_restarts" --n-ends "$n_ends")
+  eval "$answer"
+  case $verdict in
+    finished)
+      say "finished: $checkpoint, $why"
+      exit "$status" ;;
+    not_begun)
+      say "ended with status $status before training began: not requeued; see above, and $run_dir/logs" >&2
+      exit $((status == 0 ? 1 : status)) ;;
+  esac
   if [ "$state" != RUNNING ] && [ "$reason" != TimeLimit ]; then
-    say "cancelled (${state,,}) at $(newest): the same sbatch command goes on"
+    say "cancelled (${state,,}) at $checkpoint: the same sbatch command goes on"
   # Ranks that were signalled by hand, and not by Slurm through this shell or for preemption.
   elif [ -z "$signal" ] && { [ -z "$preempted" ] || [ "$preempted" = None ]; } && [ "$status" -eq 0 ]; then
-    say "stopped by hand at $(newest): the same sbatch command goes on"
-  elif [ "$restart" -eq 0 ]; then
+    say "stopped by hand at $checkpoint: the same sbatch command goes on"
+  elif [ "$verdict" = stop ]; then
     say "not requeued: $why; see $run_dir/exits.jsonl and $run_dir/logs" >&2
     [ "$status" -ne 0 ] || status=1
   else
-    say "requeueing ($why), at $(newest)"
+    say "requeueing ($why), at ${checkpoint:-the start}"
     # From here on, Slurm ends this shell when it likes; it leaves it a few seconds.
     trap '' TERM USR1
     if scontrol requeue "$SLURM_JOB_ID"; then

@@ -24,19 +24,46 @@ def add_jobs(commands: Commands) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--now", action="store_true", help="do not save first")
+    _add_job(commands)
+
+
+def _add_job(commands: Commands) -> None:
     parser = add_command(
         commands,
-        "restart",
-        "say whether a run that ended should start again (exit code 0) or not (1); for batch scripts",
-        "dist-transformer restart runs/books --limit 3",
-        _restart,
+        "job",
+        "for batch scripts: what to know before ranks start, and what to do when they have ended",
+        "dist-transformer job begin configs/quickstart.yaml",
+        None,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument(
+    parts: Commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    begin = add_command(
+        parts,
+        "begin",
+        "check a configuration; print its run directory and whether it is finished, as shell assignments",
+        "dist-transformer job begin configs/quickstart.yaml run.dir=runs/books",
+        _begin,
+    )
+    begin.add_argument("config", metavar="CONFIG.yaml")
+    begin.add_argument("overrides", nargs="*", metavar="section.key=value")
+    begin.add_argument(
+        "--array-task", type=not_negative, metavar="N", help="a run of its own in RUN_DIR-seedN"
+    )
+    end = add_command(
+        parts,
+        "end",
+        "record how a start ended; print whether to start again and why, as shell assignments",
+        "dist-transformer job end runs/books --limit 3 --n-ends 0",
+        _end,
+    )
+    end.add_argument("run_dir", metavar="RUN_DIR")
+    end.add_argument(
         "--limit",
         type=not_negative,
         default=3,
         help="failures in a row without a new checkpoint (default: 3)",
+    )
+    end.add_argument(
+        "--n-ends", type=not_negative, default=0, help="lines of exits.jsonl when it began (default: 0)"
     )
 
 
@@ -50,7 +77,13 @@ def _add_submit(commands: Commands) -> None:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--nodes", type=positive, required=True, help="machines")
+    parser.add_argument(
+        "--nodes",
+        type=_nodes,
+        required=True,
+        metavar="N[-M]",
+        help="machines; 2-4 takes as many of 2 to 4 as there are, at every restart",
+    )
     parser.add_argument("--gpus-per-node", type=positive, help="GPUs of each, and as many ranks")
     parser.add_argument("--ranks-per-node", type=positive, help="ranks of each, on CPU nodes")
     parser.add_argument("--time", help="time limit of one start, such as 04:00:00; the run goes on after it")
@@ -109,6 +142,17 @@ def _submit(options: argparse.Namespace) -> None:
     print(f"stop it:   dist-transformer cancel {run_dir}")
 
 
+def _nodes(text: str) -> range:
+    """`2` or `2-4`, for `type=`."""
+    first, dash, last = text.partition("-")
+    nodes = range(int(first), int(last if dash else first) + 1)
+    if not nodes or nodes[0] < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number of nodes, such as 4, nor a range, such as 2-4"
+        )
+    return nodes
+
+
 def _seeds(text: str | None) -> list[int]:
     if text is None:
         return []
@@ -134,12 +178,13 @@ def _cancel(options: argparse.Namespace) -> None:
     print("\n".join(cancel_run(Path(options.run_dir), now=options.now)))
 
 
-def _restart(options: argparse.Namespace) -> None:
-    from dist_transformer.tracking.exits import close_lost_attempt, decide_restart
+def _begin(options: argparse.Namespace) -> None:
+    from dist_transformer.launcher.batch import as_shell, begin_job
 
-    run_dir = Path(options.run_dir)
-    close_lost_attempt(run_dir)
-    decision = decide_restart(run_dir, options.limit)
-    print(decision.why)
-    if not decision.restart:
-        sys.exit(1)
+    print(as_shell(begin_job(options.config, options.overrides, options.array_task)))
+
+
+def _end(options: argparse.Namespace) -> None:
+    from dist_transformer.launcher.batch import as_shell, end_job
+
+    print(as_shell(end_job(Path(options.run_dir), options.limit, options.n_ends)))

@@ -9,7 +9,7 @@ from typing import Any
 from dist_transformer.config import load_config
 from dist_transformer.errors import ConfigError, LaunchError
 from dist_transformer.launcher.slurm import has_slurm, job_fields, run_slurm
-from dist_transformer.tracking.exits import ATTEMPT_NAME, Exit, newest_step, read_exits
+from dist_transformer.tracking.exits import ATTEMPT_NAME, FINISHED, Exit, newest_step, read_exits
 from dist_transformer.tracking.heartbeats import Beat, read_beats
 from dist_transformer.tracking.metrics import read_metrics
 from dist_transformer.tracking.switches import ask_to_stop
@@ -57,7 +57,7 @@ class RunStatus:
     @property
     def word(self) -> str:
         """The state in one word."""
-        if self.exits and self.exits[-1].reason == "done":
+        if self.exits and self.exits[-1].reason in FINISHED and not self.is_open:
             return "finished"
         states = {job.state for job in self.jobs}
         if "RUNNING" in states or "COMPLETING" in states or (not states - {""} and self.is_alive):

@@ -13,7 +13,7 @@ from dist_transformer.config import Config, dump_config, shipped_files
 from dist_transformer.config.layout import data_parallel_size, grad_accum_steps
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.order import check_lanes
-from dist_transformer.errors import ConfigError, LaunchError
+from dist_transformer.errors import ConfigError, DataError, LaunchError, UserError
 from dist_transformer.launcher.jobs import record_jobs
 from dist_transformer.launcher.render import render
 from dist_transformer.launcher.slurm import run_slurm
@@ -25,7 +25,8 @@ Template = Literal["train", "train_srun"]
 class Resources:
     """What a job asks of the cluster."""
 
-    nodes: int
+    nodes: range
+    """Numbers of nodes that the job may have; one, or more for a job that takes what there is."""
     gpus_per_node: int | None
     """None: CPU nodes, or the template's own line."""
     ranks_per_node: int | None
@@ -34,8 +35,8 @@ class Resources:
     """Further options of sbatch: time, partition, account, qos, ..."""
 
     @property
-    def n_ranks(self) -> int:
-        """Ranks of the job.
+    def ranks_of_node(self) -> int:
+        """Ranks of each node.
 
         Raises:
             ConfigError: neither GPUs nor ranks are given.
@@ -45,7 +46,12 @@ class Resources:
             raise ConfigError(
                 "how many ranks has a node? give --gpus-per-node N, or --ranks-per-node N on CPU nodes"
             )
-        return self.nodes * per_node
+        return per_node
+
+    def __str__(self) -> str:
+        """The nodes as sbatch takes them: `2`, or `2-4`."""
+        first, last = self.nodes[0], self.nodes[-1]
+        return str(first) if first == last else f"{first}-{last}"
 
 
 @dataclass(frozen=True)
@@ -79,30 +85,33 @@ def plan_job(
 
     Raises:
         ConfigError: ranks, layout and batch sizes do not fit together.
-        DataError: the shards are here and do not fit the ranks.
+        DataError: the shards are here and do not fit the ranks, for any of the numbers of nodes that the job may have.
         LaunchError: chain and seeds exclude each other.
     """
     if seeds and chain > 1:
         raise LaunchError(
             "--chain and --seeds exclude each other: a chain goes on with one run, seeds are many"
         )
-    dp_size = data_parallel_size(resources.n_ranks, config.parallel.tp_degree)
-    grad_accum_steps(config, dp_size)
-    _check_data(config, dp_size)
-    run_dir = Path(config.run.dir)
+    _check_nodes(config, resources)
+    run_dir, per_node = Path(config.run.dir), resources.ranks_of_node
     options: dict[str, str | None] = {
-        "nodes": str(resources.nodes),
+        "nodes": str(resources),
         "job-name": run_dir.name,
         "output": f"{run_dir.absolute()}/slurm-%{'A_%a' if seeds else 'j'}.log",
     }
-    if template == "train_srun":
-        options["ntasks-per-node"] = str(resources.n_ranks // resources.nodes)
+    left_out: list[str] = []
+    if template == "train_srun" and len(resources.nodes) == 1:
+        options["ntasks-per-node"] = str(per_node)
+    elif template == "train_srun":
+        # With tasks counted, Slurm takes the fewest nodes that hold them; with cores, as many nodes as there are.
+        left_out.append("ntasks-per-node")
+        options["mincpus"] = str(per_node * int(resources.options.get("cpus-per-task") or 1))
     if resources.gpus_per_node is not None:
         options["gpus-per-node"] = str(resources.gpus_per_node)
     if seeds:
         options["array"] = ",".join(map(str, seeds))
     path = shipped_files("slurm") / f"{template}.sbatch"
-    script = render(path.read_text(encoding="utf-8"), options | resources.options)
+    script = render(path.read_text(encoding="utf-8"), options | resources.options, left_out)
     return Plan(script, config, resources, tuple(seeds), chain)
 
 
@@ -146,15 +155,36 @@ def job_environment(resources: Resources) -> dict[str, str]:
     }
     if resources.ranks_per_node is not None:
         environment["NPROC"] = str(resources.ranks_per_node)
+    elif resources.gpus_per_node is not None and len(resources.nodes) > 1:
+        environment["NPROC"] = str(resources.gpus_per_node)
     return environment
 
 
-def _check_data(config: Config, dp_size: int) -> None:
-    """That lanes divide, where the shards can be seen from here: a login node may not have them."""
-    corpora = config.data.corpora()
+def _check_nodes(config: Config, resources: Resources) -> None:
+    """That ranks, batch sizes and lanes fit each number of nodes that the job may have."""
+    corpora, n_shards = config.data.corpora(), {}
+    # A login node may not have the shards.
     if all(Path(corpus.train).is_dir() for corpus in corpora):
         n_shards = {corpus.name or corpus.train: len(load_manifest(corpus.train).train) for corpus in corpora}
-        check_lanes(n_shards, dp_size, config.data.workers)
+    problems: dict[int, UserError] = {}
+    for nodes in resources.nodes:
+        try:
+            dp_size = data_parallel_size(nodes * resources.ranks_of_node, config.parallel.tp_degree)
+            grad_accum_steps(config, dp_size)
+            if n_shards:
+                check_lanes(n_shards, dp_size, config.data.workers)
+        except (ConfigError, DataError) as error:
+            problems[nodes] = error
+    if not problems:
+        return
+    first = next(iter(problems.values()))
+    if len(resources.nodes) == 1:
+        raise first
+    fit = [str(nodes) for nodes in resources.nodes if nodes not in problems]
+    raise ConfigError(
+        f"--nodes {resources}: with {' or '.join(map(str, problems))} node(s) the run does not fit ({first}); "
+        f"{'it would with ' + ' or '.join(fit) if fit else 'no number of these would'}"
+    )
 
 
 def _keep_code_state(folder: Path) -> None:
@@ -182,12 +212,16 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """The job in one line."""
+    """The job in one line for each number of nodes that it may have."""
     parallel, batch = plan.config.parallel, plan.config.train
-    dp_size = plan.resources.n_ranks // parallel.tp_degree
-    micro_steps = grad_accum_steps(plan.config, dp_size)
-    return (
-        f"{plan.resources.n_ranks} ranks on {plan.resources.nodes} node(s): dp {dp_size} x tp {parallel.tp_degree}, "
-        f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = "
-        f"{dp_size} x {batch.micro_batch_size} x {micro_steps} micro-steps"
-    )
+    lines = []
+    for nodes in plan.resources.nodes:
+        n_ranks = nodes * plan.resources.ranks_of_node
+        dp_size = n_ranks // parallel.tp_degree
+        micro_steps = grad_accum_steps(plan.config, dp_size)
+        lines.append(
+            f"{n_ranks} ranks on {nodes} node(s): dp {dp_size} x tp {parallel.tp_degree}, "
+            f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = "
+            f"{dp_size} x {batch.micro_batch_size} x {micro_steps} micro-steps"
+        )
+    return "\n".join(lines)

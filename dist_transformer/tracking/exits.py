@@ -16,6 +16,7 @@ ATTEMPT_NAME, EXITS_NAME = "attempt.json", "exits.jsonl"
 
 Reason = Literal[
     "done",
+    "early_stopped",
     "preflight",
     "stopped",
     "time_limit",
@@ -27,10 +28,11 @@ Reason = Literal[
     "watchdog",
     "killed",
 ]
-"""done: all steps. stopped: a person asked (switch file, dashboard). time_limit, preempted, signal: saved and left on
-request. preflight: a node was not fit. nonfinite: diverged. error: a sentence for a person. crash: a bug, a lost peer.
-watchdog: hung. killed: it left no word.
+"""done: all steps. early_stopped: it did not get better. stopped: a person asked (switch file, dashboard).
+time_limit, preempted, signal: saved and left on request. preflight: a node was not fit. nonfinite: diverged.
+error: a sentence for a person. crash: a bug, a lost peer. watchdog: hung. killed: it left no word.
 """
+FINISHED = ("done", "early_stopped")
 ON_REQUEST = ("stopped", "time_limit", "preempted", "signal")
 FOR_A_PERSON = ("nonfinite", "error")
 """Ends that the same command would only repeat."""
@@ -109,6 +111,12 @@ def end_attempt(run_dir: Path, reason: Reason, step: int, message: str = "") -> 
     return found
 
 
+def read_attempt(run_dir: Path) -> dict[str, Any] | None:
+    """What the start noted that has not ended: `job`, `host`, `pid`, `started`; None: there is none."""
+    path = run_dir / ATTEMPT_NAME
+    return _read(path) if path.exists() else None
+
+
 def close_lost_attempt(run_dir: Path) -> Exit | None:
     """Record an attempt that ended without a word. Only when it is known that none is running."""
     path = run_dir / ATTEMPT_NAME
@@ -163,8 +171,9 @@ def decide_restart(run_dir: Path, limit: int) -> Decision:
     if not exits:
         return Decision(True, "it has not ended before")
     last = exits[-1]
-    if last.reason == "done":
-        return Decision(False, "all steps are done")
+    if last.reason in FINISHED:
+        why = "all steps are done" if last.reason == "done" else last.message or "it stopped early"
+        return Decision(False, why)
     if last.reason == "stopped":
         return Decision(False, "it was stopped by hand")
     if last.reason in FOR_A_PERSON:

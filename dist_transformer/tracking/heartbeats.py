@@ -14,6 +14,11 @@ from typing import Any
 FOLDER = "heartbeats"
 
 
+def node_name() -> str:
+    """This machine, by the name that Slurm gives it in a job: the one that `--exclude` and `scontrol` know."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
 @dataclass(frozen=True)
 class Beat:
     """What a rank said last."""
@@ -40,7 +45,7 @@ def beat_path(run_dir: Path, rank: int) -> Path:
 
 def write_beat(run_dir: Path, rank: int, phase: str, step: int, since: float, attempt: str) -> None:
     """Say that this rank is alive. A file that cannot be written is no reason to stop training."""
-    beat = Beat(rank, platform.node(), os.getpid(), phase, step, since, time.time(), attempt)
+    beat = Beat(rank, node_name(), os.getpid(), phase, step, since, time.time(), attempt)
     path = beat_path(run_dir, rank)
     try:
         partial = path.with_name(f"{path.name}.partial")

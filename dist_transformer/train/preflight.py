@@ -21,6 +21,7 @@ from dist_transformer.config import Config
 from dist_transformer.errors import PreflightError
 from dist_transformer.parallel.collectives import gather_objects, raise_together
 from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.tracking.heartbeats import node_name
 
 EXCLUDED_NAME = "excluded_nodes"
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "webdataset")
@@ -72,7 +73,7 @@ def run_preflight(config: Config, mesh: Mesh) -> list[Facts]:
     reduce_s = _time_all_reduce(mesh)
     facts = Facts(
         rank=mesh.rank,
-        host=platform.node(),
+        host=node_name(),
         device=_device_name(mesh.device),
         versions=_versions() | {"the device": _device_name(mesh.device)},
         clock=time.time(),

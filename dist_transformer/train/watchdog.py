@@ -8,7 +8,6 @@ process, so that whatever started it can start it again.
 
 import faulthandler
 import os
-import platform
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_transformer.config import FaultsConfig
-from dist_transformer.tracking.heartbeats import Beat, name_suspects, read_beats, write_beat
+from dist_transformer.tracking.heartbeats import Beat, name_suspects, node_name, read_beats, write_beat
 
 EXIT_CODE = 86
 """Of a process that its watchdog ended."""
@@ -95,7 +94,7 @@ class Watchdog:
         beats = read_beats(self.run_dir, self.attempt)
         suspects, how = name_suspects(beats, silent_after_s, time.time())
         sentence = (
-            f"watchdog: rank {self.rank} on {platform.node()} has been {self._phase} (step {self._step}) for more than "
+            f"watchdog: rank {self.rank} on {node_name()} has been {self._phase} (step {self._step}) for more than "
             f"{self._limit_s:g} s; {describe_suspects(suspects, how)}; stacks of all threads: {stacks}"
         )
         print(sentence, file=sys.stderr, flush=True)
@@ -106,7 +105,7 @@ class Watchdog:
         path = self.run_dir / "heartbeats" / f"rank-{self.rank:05d}.stacks.txt"
         try:
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"rank {self.rank} on {platform.node()}, {self._phase}, step {self._step}\n")
+                file.write(f"rank {self.rank} on {node_name()}, {self._phase}, step {self._step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
