@@ -79,7 +79,7 @@ class ModelConfig(Section):
     positions: Literal["sinusoidal", "learned", "relative_bias", "rotary", "none"] = "sinusoidal"
     """How positions enter: added to embeddings (sinusoidal, learned), T5's bias on scores, or rotated q and k."""
     max_positions: PositiveInt = 2048
-    """Rows of a learned position table."""
+    """Rows of a learned position table; each stack has its own."""
     relative_buckets: PositiveInt = 32
     """Buckets of T5's relative bias."""
     relative_max_distance: PositiveInt = 128
@@ -92,6 +92,8 @@ class ModelConfig(Section):
     """Post: norm(x + f(x)) (the paper); pre: x + f(norm(x)), with a final norm."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Epsilon of every norm."""
+    norm_embeddings: bool = False
+    """Normalise what enters each stack, after positions are added (BART)."""
     qk_norm: bool = False
     """Root-mean-square norm of queries and keys, each head by itself, before the scores."""
     ffn: Literal["relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"] = "relu"

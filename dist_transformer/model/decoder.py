@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dist_transformer.config import ModelConfig
 from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
 from dist_transformer.model.cache import KeyValueCache, LayerCache
-from dist_transformer.model.layers import AddNorm, FeedForward, build_norm
+from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
 
@@ -68,6 +68,7 @@ class Decoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.config, self.stack = model, model.stack("decoder")
+        self.input = StackInput(model, self.stack)
         self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
             RelativeBias(
@@ -96,6 +97,7 @@ class Decoder(nn.Module):
         self_mask = scores_mask(may_attend(segment_ids_BT, segment_ids_BT, causal=True), bias)
         cross_mask = may_attend(segment_ids_BT, memory_segment_ids_BS)
         rotation = self._rotation(positions_BT, length)
+        x_BTD = self.input(x_BTD, positions_BT, length)
         for layer in self.layers:
             x_BTD = layer(x_BTD, memory_BSD, self_mask, cross_mask, rotation)
         return self._finish(x_BTD)
@@ -116,6 +118,7 @@ class Decoder(nn.Module):
         if length > 1:
             self_mask = scores_mask((keys[None, :] <= queries[:, None])[None, None], bias)
         rotation = self._rotation(queries[None, :], start + length)
+        x_BTD = self.input(x_BTD, queries.expand(x_BTD.shape[0], -1), start + length)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, None, self_mask, cache.cross_mask, rotation, layer_cache)
         cache.length += length

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig
 from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
-from dist_transformer.model.layers import AddNorm, FeedForward, build_norm
+from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
 
@@ -40,6 +40,7 @@ class Encoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.config, self.stack = model, model.stack("encoder")
+        self.input = StackInput(model, self.stack)
         self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
             RelativeBias(
@@ -62,6 +63,7 @@ class Encoder(nn.Module):
         rotation = None
         if self.config.positions == "rotary":
             rotation = Rotation(positions_BS, length, self.stack.head_dim, self.config.rope_theta)
+        x_BSD = self.input(x_BSD, positions_BS, length)
         for layer in self.layers:
             x_BSD = layer(x_BSD, mask, rotation)
         if self.final_norm is not None:

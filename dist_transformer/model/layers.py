@@ -1,4 +1,4 @@
-"""What encoder and decoder layers share: Add & Norm, and the position-wise feed-forward network."""
+"""What encoder and decoder share: their input, Add & Norm, and the position-wise feed-forward network."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
+from dist_transformer.model.positions import LearnedPositions, sinusoid_table
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -20,6 +21,33 @@ def build_norm(model: ModelConfig, d_model: int) -> nn.Module:
     """Layer normalisation (Ba et al. 2016) or root-mean-square normalisation (Zhang and Sennrich 2019)."""
     norm = nn.LayerNorm if model.norm == "layer_norm" else nn.RMSNorm
     return norm(d_model, eps=model.norm_eps)
+
+
+class StackInput(nn.Module):
+    """What enters a stack: embedded tokens with their positions, where those are added (the paper, section 3.5).
+
+    Each stack has a table of its own where positions are learned. With `norm_embeddings` the sum is normalised, as in
+    BART.
+    """
+
+    def __init__(self, model: ModelConfig, stack: StackConfig) -> None:
+        super().__init__()
+        self.positions, self.dropout = model.positions, stack.dropout
+        self.learned = (
+            LearnedPositions(model.max_positions, stack.d_model) if model.positions == "learned" else None
+        )
+        self.norm = build_norm(model, stack.d_model) if model.norm_embeddings else None
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+        """Embedded tokens [B, T, D] at positions below `length` to the first layer's input [B, T, D]."""
+        if self.learned is not None:
+            x_BTD = x_BTD + self.learned(positions_BT)
+        elif self.positions == "sinusoidal":
+            table = sinusoid_table(length, x_BTD.shape[-1], x_BTD.device)
+            x_BTD = x_BTD + F.embedding(positions_BT, table.to(x_BTD.dtype))
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return F.dropout(x_BTD, self.dropout, self.training)
 
 
 class Project(nn.Module):

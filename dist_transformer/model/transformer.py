@@ -10,35 +10,23 @@ from dist_transformer.config import ModelConfig, StackConfig
 from dist_transformer.model.cache import KeyValueCache
 from dist_transformer.model.decoder import Decoder
 from dist_transformer.model.encoder import Encoder
-from dist_transformer.model.positions import LearnedPositions, sinusoid_table
 
 
 class Embedding(nn.Module):
-    """Tokens and, where they are added, positions, to vectors (the paper, sections 3.4 and 3.5)."""
+    """Tokens to scaled vectors (the paper, section 3.4)."""
 
     def __init__(self, model: ModelConfig, stack: StackConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config, self.dropout = model, stack.dropout
         self.scale = math.sqrt(stack.d_model) if model.scale_embeddings else 1.0
         self.weight = nn.Parameter(torch.empty(vocab_size, stack.d_model))
-        self.learned = (
-            LearnedPositions(model.max_positions, stack.d_model) if model.positions == "learned" else None
-        )
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        """[B, T] token ids and positions below `length` to [B, T, D]."""
-        return self.add_positions(F.embedding(tokens_BT, self.weight), positions_BT, length)
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] token ids to [B, T, D]."""
+        return self.scaled(F.embedding(tokens_BT, self.weight))
 
-    def add_positions(self, x_BTD: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        """Scaled vectors of tokens [B, T, D], with their positions where those are added, and dropout."""
-        if self.scale != 1.0:
-            x_BTD = x_BTD * self.scale
-        if self.learned is not None:
-            x_BTD = x_BTD + self.learned(positions_BT)
-        elif self.config.positions == "sinusoidal":
-            table = sinusoid_table(length, x_BTD.shape[-1], x_BTD.device)
-            x_BTD = x_BTD + F.embedding(positions_BT, table.to(x_BTD.dtype))
-        return F.dropout(x_BTD, self.dropout, self.training)
+    def scaled(self, x_BTD: Tensor) -> Tensor:
+        """Rows of the matrix [B, T, D] as the stack reads them."""
+        return x_BTD if self.scale == 1.0 else x_BTD * self.scale
 
 
 class EncoderDecoder(nn.Module):
@@ -74,14 +62,14 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, tokens_BS: Tensor, segment_ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Source tokens to memory [B, S, D]."""
-        x_BSD = self.source_embedding(tokens_BS, positions_BS, tokens_BS.shape[1])
+        x_BSD = self.source_embedding(tokens_BS)
         memory_BSD: Tensor = self.encoder(x_BSD, segment_ids_BS, positions_BS)
         return memory_BSD
 
-    def embed_target(self, tokens_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
-        """Target tokens, at positions below `length`, to vectors [B, T, D]."""
+    def embed_target(self, tokens_BT: Tensor) -> Tensor:
+        """Target tokens to vectors [B, T, D]."""
         embedding = self.source_embedding if self.target_embedding is None else self.target_embedding
-        x_BTD: Tensor = embedding(tokens_BT, positions_BT, length)
+        x_BTD: Tensor = embedding(tokens_BT)
         return x_BTD
 
     def forward(
@@ -95,7 +83,7 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """Rows of packed samples to the decoder's hidden states [B, T, D]; see `data.batch.Batch` for the inputs."""
         memory_BSD = self.encode(encoder_input_tokens, encoder_segment_ids, encoder_positions)
-        x_BTD = self.embed_target(decoder_input_tokens, decoder_positions, decoder_input_tokens.shape[1])
+        x_BTD = self.embed_target(decoder_input_tokens)
         hidden_BTD: Tensor = self.decoder(
             x_BTD, decoder_segment_ids, decoder_positions, memory_BSD, encoder_segment_ids
         )
@@ -114,10 +102,7 @@ class EncoderDecoder(nn.Module):
 
     def step(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
         """The next T target tokens of every row to the scores [B, T, V] of what follows each."""
-        n_before, n_new = cache.length, tokens_BT.shape[1]
-        positions_BT = torch.arange(n_before, n_before + n_new, device=tokens_BT.device).expand_as(tokens_BT)
-        x_BTD = self.embed_target(tokens_BT, positions_BT, n_before + n_new)
-        return self.logits(self.decoder.step(x_BTD, cache))
+        return self.logits(self.decoder.step(self.embed_target(tokens_BT), cache))
 
 
 def build_model(config: ModelConfig) -> EncoderDecoder:

@@ -23,6 +23,8 @@ class TokenLoss(NamedTuple):
     """Targets that have the largest logit."""
     n_tokens: Tensor
     """Targets that count."""
+    is_correct: Tensor
+    """[N] bool: which of them those are that `n_correct` counts."""
 
 
 def linear_cross_entropy(
@@ -75,10 +77,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_gradient else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
+        is_correct_N = torch.empty(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], options.chunk_rows):
             rows = slice(start, start + options.chunk_rows)
             hidden = hidden_ND[rows]
-            chunk_sums, d_logits = _chunk(
+            chunk_sums, is_correct_N[rows], d_logits = _chunk(
                 F.linear(hidden, weight_VD).float(), targets_N[rows], options, needs_gradient
             )
             sums += chunk_sums
@@ -94,8 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             assert d_hidden_ND is not None and d_weight_VD is not None
             ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(weight_VD.dtype))
         objective, cross_entropy, n_correct = (term.clone() for term in sums)
-        ctx.mark_non_differentiable(cross_entropy, n_correct, n_tokens)
-        return objective, cross_entropy, n_correct, n_tokens
+        ctx.mark_non_differentiable(cross_entropy, n_correct, n_tokens, is_correct_N)
+        return objective, cross_entropy, n_correct, n_tokens, is_correct_N
 
     @staticmethod
     @once_differentiable
@@ -106,8 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk(
     logits: Tensor, targets: Tensor, options: _Options, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sums (objective, cross-entropy, correct) of some rows and d objective / d logits; overwrites the logits.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums (objective, cross-entropy, correct) of some rows, which are correct, and d objective / d logits;
+    overwrites the logits.
 
     Args:
         logits: [N, V/tp] float32: those of this rank's part of the vocabulary.
@@ -131,18 +135,17 @@ def _chunk(
     objective = (1 - smoothing) * cross_entropy + z_loss * log_z.square()
     if smoothing:
         objective = objective + smoothing * (log_z - sum_ / n_vocabulary)
-    sums = torch.stack(
-        [(term * counts).sum() for term in (objective, cross_entropy, gold == largest)]
-    ).float()
+    is_correct = (gold == largest) & counts
+    sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)]).float()
     if not needs_gradient:
-        return sums, None
+        return sums, is_correct, None
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
     softmax_scale = (own_largest - largest).exp() / total
     gradient = exponentials.mul_((counts * (1 + 2 * z_loss * log_z) * softmax_scale)[:, None])
     if smoothing:
         gradient.sub_((counts * (smoothing / n_vocabulary))[:, None])
     gradient.scatter_add_(1, own, (counts * is_own * (smoothing - 1.0))[:, None])
-    return sums, gradient
+    return sums, is_correct, gradient
 
 
 def _over_vocabulary(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dist_transformer.model.layers import StackInput
 from dist_transformer.model.transformer import Embedding
 from dist_transformer.parallel.partition import Partition, set_partial_gradient, set_partition
 from dist_transformer.parallel.regions import (
@@ -164,17 +165,37 @@ class VocabularyEmbedding(Embedding):
 
     def __init__(self, whole: Embedding, tp: TensorParallel) -> None:
         nn.Module.__init__(self)
-        self.config, self.dropout, self.scale = whole.config, whole.dropout, whole.scale
-        self.tp, self.learned = tp, whole.learned
+        self.tp, self.scale = tp, whole.scale
         self.weight = cut_parameter(whole.weight, 0, tp)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+    def forward(self, tokens_BT: Tensor) -> Tensor:
         """[B, T] token ids to [B, T/tp, D] (with sequence parallelism; else [B, T, D])."""
         n_own = self.weight.shape[0]
         own_BT = tokens_BT - self.tp.rank * n_own
         is_own_BT = (own_BT >= 0) & (own_BT < n_own)
         x_BTD = F.embedding(torch.where(is_own_BT, own_BT, 0), self.weight) * is_own_BT.unsqueeze(-1)
-        return self.add_positions(leave(x_BTD, self.tp), own_positions(positions_BT, self.tp), length)
+        return self.scaled(leave(x_BTD, self.tp))
 
 
-__all__ = ["ColumnLinear", "ColumnProject", "RowLinear", "VocabularyEmbedding", "cut_parameter", "enter"]
+class OwnInput(StackInput):
+    """A stack's input where each rank has some of the positions."""
+
+    def __init__(self, whole: StackInput, tp: TensorParallel) -> None:
+        nn.Module.__init__(self)
+        self.positions, self.dropout = whole.positions, whole.dropout
+        self.tp, self.learned, self.norm = tp, whole.learned, whole.norm
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, length: int) -> Tensor:
+        """[B, T/tp, D] and all positions [B, T] to [B, T/tp, D] (without sequence parallelism T everywhere)."""
+        return super().forward(x_BTD, own_positions(positions_BT, self.tp), length)
+
+
+__all__ = [
+    "ColumnLinear",
+    "ColumnProject",
+    "OwnInput",
+    "RowLinear",
+    "VocabularyEmbedding",
+    "cut_parameter",
+    "enter",
+]

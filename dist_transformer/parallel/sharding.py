@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from dist_transformer.model import EncoderDecoder
 from dist_transformer.model.attention import MultiHeadAttention
+from dist_transformer.model.layers import StackInput
 from dist_transformer.model.positions import RelativeBias
 from dist_transformer.model.transformer import Embedding
 from dist_transformer.parallel.layers import (
     ColumnLinear,
     ColumnProject,
+    OwnInput,
     RowLinear,
     VocabularyEmbedding,
     cut_parameter,
@@ -92,6 +94,11 @@ def _vocabulary(model: EncoderDecoder, path: str, tp: TensorParallel) -> None:
     model.set_submodule(path, VocabularyEmbedding(cast("Embedding", model.get_submodule(path)), tp))
 
 
+def _own_input(model: EncoderDecoder, path: str, tp: TensorParallel) -> None:
+    """A stack's input, of which each rank has some positions with sequence parallelism."""
+    model.set_submodule(path, OwnInput(cast("StackInput", model.get_submodule(path)), tp))
+
+
 def _bias_heads(model: EncoderDecoder, path: str, tp: TensorParallel) -> None:
     """T5's bias on scores: each rank has its heads' columns."""
     bias = cast("RelativeBias", model.get_submodule(path))
@@ -132,7 +139,9 @@ def _enter(model: EncoderDecoder, path: str, tp: TensorParallel) -> None:
 
 TABLE: tuple[tuple[str, Rule], ...] = (
     ("*_embedding", _vocabulary),
-    ("*_embedding.learned", _on_positions),
+    ("*coder.input", _own_input),
+    ("*coder.input.learned", _on_positions),
+    ("*coder.input.norm", _on_positions),
     ("*coder.relative_bias", _bias_heads),
     ("*_attention.q_proj", _column),
     ("*_attention.[kv]_proj", _keys_values),

@@ -136,9 +136,11 @@ def check_embeddings(tp: TensorParallel) -> None:
     generator = torch.Generator().manual_seed(6)
     tokens = torch.randint(0, SHAPE["vocab_size"], (B, S), generator=generator)
     positions = torch.arange(S).expand(B, S).contiguous()
-    for kind in ("positions_learned", "vaswani2017_base", "t5_v1_1_small"):
+    for kind in ("positions_learned", "norm_embeddings", "vaswani2017_base", "t5_v1_1_small"):
         whole, part = twins(kind, tp)
-        y, own_y = (model.source_embedding(tokens, positions, S) for model in (whole, part))
+        y, own_y = (
+            model.encoder.input(model.source_embedding(tokens), positions, S) for model in (whole, part)
+        )
         upstream = torch.randn(y.shape, generator=generator)
         y.backward(upstream)
         own_y.backward(own_positions(upstream, tp))
@@ -174,6 +176,7 @@ def check_loss(tp: TensorParallel) -> None:
 KINDS = [
     *PRESETS,
     "positions_learned",
+    "norm_embeddings",
     "relative_bias_widths",
     "grouped_query_relative_bias",
     "multi_query",

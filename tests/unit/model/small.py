@@ -30,6 +30,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "grouped_query_rotary": {"n_kv_heads": 2, "positions": "rotary", "qk_norm": True},
     "grouped_query_relative_bias": {"n_kv_heads": 2, "positions": "relative_bias"},
     "qk_norm": {"qk_norm": True},
+    "norm_embeddings": {"norm_embeddings": True, "positions": "learned"},
     "no_bias": {"bias": False},
     "head_dim": {"head_dim": 6},
     "tie_inputs": {"tie_embeddings": "inputs"},

@@ -69,6 +69,10 @@ def test_whose_gradients_are_parts_of_a_sum() -> None:
     assert partial("vaswani2017_base", sequence=False) == set()
     assert partial("vaswani2017_base", sequence=True) == norms | {"o_proj.bias", "down.bias"}
     assert partial("positions_learned", sequence=True) > {"learned.weight"}
+    whole = part_of("norm_embeddings", 0, 4, sequence=True).named_parameters()
+    assert {
+        name for name, parameter in whole if ".input.norm." in name and has_partial_gradient(parameter)
+    } == {f"{side}.input.norm.{kind}" for side in ("encoder", "decoder") for kind in ("weight", "bias")}
     # Two key-value heads on four ranks; a gain for all heads.
     shared = {
         "k_proj.weight",
@@ -100,7 +104,7 @@ def test_a_module_without_a_row_is_refused() -> None:
 def test_every_row_is_used() -> None:
     paths = {
         path
-        for kind in ("modern_small", "t5_v1_1_small", "positions_learned")
+        for kind in ("modern_small", "t5_v1_1_small", "positions_learned", "norm_embeddings")
         for path, _ in build_model(small_config(kind)).named_modules()
     }
     for pattern, _ in TABLE:
