@@ -152,10 +152,11 @@ def test_a_disk_that_takes_no_more_ends_the_run_where_wanted(
     ("n_ranks", "override", "sentence"),
     [
         (2, "data.workers=3", "2 ranks x 3 workers need a multiple of 6 lanes"),
-        (2, "parallel.tp_degree=4", "parallel.tp_degree=4"),
-        (3, "parallel.zero_stage=1", "3 ranks"),
+        (2, "parallel.tp_degree=4", "does not divide the encoder's n_heads=2"),
+        (3, "parallel.tp_degree=2", "does not divide the 3 ranks of this run"),
+        (3, "parallel.zero_stage=1", "make train.global_batch_size a multiple of 3"),
     ],
-    ids=["lanes", "ranks of a model", "batch"],
+    ids=["lanes", "heads", "ranks", "batch"],
 )
 def test_a_checkpoint_whose_layout_cannot_be_met(
     tmp_path: Path, pair_shards: Path, write_config: WriteConfig, n_ranks: int, override: str, sentence: str
