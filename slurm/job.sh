@@ -99,7 +99,7 @@ end_job() {
       fi
       exit 0
     fi
-    say "could not be requeued: the same sbatch command goes on" >&2
+    say "could not be requeued: the next job of a chain, or the same sbatch command, goes on" >&2
     [ "$status" -ne 0 ] || status=1
   fi
   exit "$status"

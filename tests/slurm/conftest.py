@@ -1,26 +1,23 @@
-"""A real Slurm cluster of two nodes on this machine, for the session, and jobs on it."""
+"""A real Slurm cluster for the tests of this folder, a small run, and the same run undisturbed."""
 
 import os
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.conftest import ROOT, environment, pair_files, pair_shards
+from dist_transformer.tracking import read_metrics
+from tests.e2e.conftest import environment, pair_files, pair_shards, steps_of
+from tests.tools.slurm import Cluster, Job, start_cluster, why_not
 
 __all__ = ["pair_files", "pair_shards"]
 
-TEMPLATE = ROOT / "slurm" / "train.sbatch"
-PREPARE_TEMPLATE = ROOT / "slurm" / "prepare_array.sbatch"
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
-APT = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
-LIMIT_S = 120
+MODES = tuple(os.environ.get("SLURM_TEST_MODES", "loopback netns").split())
+ALL_MODES = pytest.mark.parametrize("cluster", MODES, indirect=True, scope="session")
+"""For tests that run on both kinds of cluster; the others run where all nodes share one network."""
+COMPARED = ("train/loss", "train/grad_norm", "data/fingerprint", "trainer/tokens_seen")
+N_STEPS = 160
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,104 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slurm)
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Commands of a running cluster."""
-
-    script: Path
-    env: dict[str, str]
-
-    def run(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        """A command such as sbatch, called in the checkout as a person would."""
-        return subprocess.run(
-            [str(argument) for argument in arguments],
-            cwd=ROOT,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def submit(self, log: Path, *arguments: str | Path, options: tuple[str, ...] = ()) -> "Job":
-        """`sbatch OPTIONS slurm/train.sbatch ARGUMENTS` on both nodes."""
-        done = self.run(
-            "sbatch", "--parsable", "--nodes=2", f"--output={log}", *options, TEMPLATE, *arguments
-        )
-        assert done.returncode == 0, done.stderr
-        return Job(self, done.stdout.strip(), log)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A submitted job."""
-
-    cluster: Cluster
-    id: str
-    log: Path
-
-    def fields(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
-        shown = self.cluster.run("scontrol", "-o", "show", "job", self.id).stdout
-        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
-
-    def state(self) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
-        return self.fields().get("JobState", "")
-
-    def output(self) -> str:
-        """The job's log so far."""
-        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
-
-    def signal(self, *options: str) -> None:
-        """`scancel OPTIONS JOB`."""
-        done = self.cluster.run("scancel", *options, self.id)
-        assert done.returncode == 0, done.stderr
-
-    def wait_for(self, condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-        """Poll until the condition holds; a job that ended before that, or too late, fails with its log."""
-        deadline = time.monotonic() + limit_s
-        while not condition():
-            ended = (
-                self.state() in ("FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "COMPLETED")
-                and not condition()
-            )
-            assert not ended, f"{what}: {self.output()}"
-            assert time.monotonic() < deadline, f"{what}: not within {limit_s} s: {self.output()}"
-            time.sleep(0.1)
-
-    def finish(self) -> None:
-        """Wait until the job is COMPLETED."""
-        self.wait_for(lambda: self.state() == "COMPLETED", "completing")
-
-
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes, in loopback mode unless SLURMLAB_MODE says netns (root); taken down at the end, whatever happens."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-    if missing:
-        pytest.skip(f"NOT TESTED ON SLURM: no {', '.join(missing)} here; install them with: {APT}")
-    # Short: Slurm makes unix sockets below it. It must not exist, or the script takes it for somebody else's.
-    folder = Path(tempfile.mkdtemp(prefix="dt-slurm-", dir="/tmp"))
-    folder.chmod(0o755)  # munge insists
-    script = Path(__file__).with_name("slurm_cluster.sh")
-    env = {
-        **{key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))},
-        "PATH": path,
-        "NPROC": "1",
-        "SLURMLAB_DIR": str(folder / "lab"),
-        "SLURMLAB_NODES": "2",
-        "SLURMLAB_PORT": str(20000 + os.getpid() % 10000),
-        "SLURM_CONF": str(folder / "lab" / "etc" / "slurm.conf"),
-    }
-    try:
-        up = subprocess.run([script, "up"], env=env, capture_output=True, text=True, timeout=90)
-        assert up.returncode == 0, f"the cluster did not come up: {up.stderr}"
-        yield Cluster(script, env)
-    finally:
-        down = subprocess.run([script, "down"], env=env, capture_output=True, text=True, timeout=90)
-        shutil.rmtree(folder, ignore_errors=True)
-        assert down.returncode == 0, down.stderr
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Two nodes: `loopback`, or the mode that the test asks for."""
+    mode = getattr(request, "param", "loopback")
+    if reason := why_not(mode):
+        pytest.skip(reason)
+    with start_cluster(mode, {**environment(), "NPROC": "1"}) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +50,7 @@ def config(pair_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train": str(pair_shards), "eval": str(pair_shards), "objective": "pairs", "fingerprint": True,
             "max_source_len": 64, "max_target_len": 64, "window": 64,
         },
-        "train": {"steps": 160, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"steps": N_STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "optimizer": {"lr": 0.005, "warmup_steps": 10},
         "checkpoint": {"every": 10_000, "keep": 2},
         "evaluate": {"every": 10_000, "batches": 2},
@@ -152,3 +59,23 @@ def config(pair_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    """A job that nothing interrupts, and its run directory."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = cluster.sbatch(folder / "job.log", "train.sbatch", config, f"run.dir={folder / 'run'}")
+    job.finish()
+    return job, folder / "run"
+
+
+def figures(run_dir: Path) -> dict[int, tuple[object, ...]]:
+    """What must be equal, by step."""
+    rows = steps_of(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else {}
+    return {step: tuple(row.get(key) for key in COMPARED) for step, row in rows.items()}
+
+
+def n_steps(run_dir: Path) -> int:
+    """The newest step that was logged."""
+    return max(figures(run_dir), default=0)

@@ -3,33 +3,16 @@
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from dist_transformer.tracking.exits import read_exits
 from dist_transformer.tracking.heartbeats import read_beats
-from tests.e2e.conftest import ROOT
-from tests.slurm.conftest import Cluster, Job
-from tests.slurm.test_train import N_STEPS, figures, n_steps
+from tests.slurm.conftest import N_STEPS, figures, n_steps
+from tests.tools.slurm import Cluster, Job
 
-pytestmark = pytest.mark.timeout(300)
-
-
-def cli(cluster: Cluster, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    return cluster.run(ROOT / ".venv" / "bin" / "dist-transformer", *arguments)
-
-
-def submit(cluster: Cluster, config: Path, run_dir: Path, *options: str) -> Job:
-    """`dist-transformer submit` on both nodes, a rank on each."""
-    done = cli(
-        cluster, "submit", config, f"run.dir={run_dir}", "--nodes", "2", "--ranks-per-node", "1", *options
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks on 2 node(s): dp 2 x tp 1" in done.stderr
-    job = done.stdout.splitlines()[0].removeprefix("job ")
-    return Job(cluster, job, run_dir / f"slurm-{job}.log")
+pytestmark = pytest.mark.timeout(400)
 
 
 def send_to_rank(run_dir: Path, rank: int, number: signal.Signals) -> None:
@@ -42,11 +25,11 @@ def test_submitted_it_trains_and_status_says_so(
     cluster: Cluster, config: Path, tmp_path: Path, launcher: str
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submit(cluster, config, run_dir, "--launcher", launcher, "train.steps=60")
-    assert "waiting" in (said := cli(cluster, "status", run_dir).stdout) or "running" in said
+    job = cluster.submit(run_dir, config, "--launcher", launcher, "train.steps=60")
+    assert "waiting" in (said := cluster.cli("status", run_dir).stdout) or "running" in said
     job.finish()
     assert n_steps(run_dir) == 60
-    said = cli(cluster, "status", run_dir).stdout
+    said = cluster.cli("status", run_dir).stdout
     assert f"{run_dir}: finished" in said
     assert "step        60 of 60 (100 %); saved at 60" in said
     assert "COMPLETED" in said
@@ -65,21 +48,21 @@ def test_submitted_it_trains_and_status_says_so(
 
 def test_cancelled_it_saves_and_stays_away(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = submit(cluster, config, run_dir, "train.steps=100000")
+    job = cluster.submit(run_dir, config, "train.steps=100000")
     job.wait_for(lambda: n_steps(run_dir) >= 5, "the first steps")
-    done = cli(cluster, "cancel", run_dir)
+    done = cluster.cli("cancel", run_dir)
     assert done.returncode == 0, done.stderr
     assert f"job {job.id} saves and ends" in done.stdout
     job.finish()
     assert [end.reason for end in read_exits(run_dir)] == ["stopped"]
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{n_steps(run_dir):08d}"
     assert job.fields()["Restarts"] == "0"
-    assert "nothing runs or waits" in cli(cluster, "cancel", run_dir).stderr
+    assert "nothing runs or waits" in cluster.cli("cancel", run_dir).stderr
 
 
 def test_a_killed_rank_brings_the_job_back(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = submit(cluster, config, run_dir, "checkpoint.every=20")
+    job = cluster.submit(run_dir, config, "checkpoint.every=20")
     job.wait_for(lambda: n_steps(run_dir) >= 25, "the first steps")
     send_to_rank(run_dir, 1, signal.SIGKILL)
     job.wait_for(lambda: job.fields()["Restarts"] == "1", "the requeue")
@@ -96,8 +79,8 @@ def test_a_stopped_rank_is_named_and_the_job_comes_back(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submit(
-        cluster, config, run_dir, "checkpoint.every=20", "faults.step_limit_s=15", "faults.heartbeat_s=1"
+    job = cluster.submit(
+        run_dir, config, "checkpoint.every=20", "faults.step_limit_s=15", "faults.heartbeat_s=1"
     )
     job.wait_for(lambda: n_steps(run_dir) >= 25, "the first steps")
     send_to_rank(run_dir, 1, signal.SIGSTOP)

@@ -5,41 +5,30 @@ from pathlib import Path
 import pytest
 
 from dist_transformer.tracking import read_metrics
-from tests.e2e.conftest import steps_of
-from tests.slurm.conftest import TEMPLATE, Cluster, Job
+from tests.slurm.conftest import ALL_MODES, N_STEPS, figures, n_steps
+from tests.tools.slurm import ROOT, Cluster, Job
 
-COMPARED = ("train/loss", "train/grad_norm", "data/fingerprint", "trainer/tokens_seen")
-N_STEPS = 160
-
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 
-def figures(run_dir: Path) -> dict[int, tuple[object, ...]]:
-    """What must be equal, by step."""
-    rows = steps_of(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else {}
-    return {step: tuple(row.get(key) for key in COMPARED) for step, row in rows.items()}
+@pytest.mark.parametrize("template", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_sbatch_accepts_every_template(cluster: Cluster, template: Path, tmp_path: Path) -> None:
+    """As it is, and with every optional line that any cluster would take."""
+    text = template.read_text(encoding="utf-8")
+    for name, value in (("YOUR_ACCOUNT", "me"), ("YOUR_PARTITION", "debug"), ("YOUR_QOS", "normal"),
+                        ("YOUR_FEATURE", "cpu"), ("--gpus-per-node=8", "--gpus-per-node=4"),
+                        ("--cpus-per-task=96", "--cpus-per-task=1")):  # fmt: skip
+        text = text.replace(name, value)
+    full = tmp_path / template.name
+    full.write_text(text.replace("\n##SBATCH", "\n#SBATCH"), encoding="utf-8")
+    assert "\n##SBATCH" in template.read_text(encoding="utf-8")
+    for script, *options in ((template,), (template, "--exclusive", "--time=1:00:00"), (full,)):
+        done = cluster.run("sbatch", "--test-only", *options, script, "config.yaml")
+        assert done.returncode == 0, f"{script} {options}: {done.stderr}"
+    assert cluster.run("sbatch", "--test-only", "--nodes=3", template, "config.yaml").returncode != 0
 
 
-def n_steps(run_dir: Path) -> int:
-    return max(figures(run_dir), default=0)
-
-
-@pytest.fixture(scope="module")
-def whole(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """A job that nothing interrupts, and its run directory."""
-    folder = tmp_path_factory.mktemp("whole")
-    job = cluster.submit(folder / "job.log", config, f"run.dir={folder / 'run'}")
-    job.finish()
-    return job, folder / "run"
-
-
-def test_sbatch_accepts_the_template(cluster: Cluster, config: Path) -> None:
-    for options in ([], ["--nodes=2", "--gpus-per-node=4"], ["--exclusive", "--time=1:00:00"]):
-        done = cluster.run("sbatch", "--test-only", *options, TEMPLATE, config)
-        assert done.returncode == 0, done.stderr
-    assert cluster.run("sbatch", "--test-only", "--nodes=3", TEMPLATE, config).returncode != 0
-
-
+@ALL_MODES
 def test_two_nodes_train_to_the_end(whole: tuple[Job, Path]) -> None:
     job, run_dir = whole
     fields, output = job.fields(), job.output()
@@ -54,11 +43,12 @@ def test_two_nodes_train_to_the_end(whole: tuple[Job, Path]) -> None:
     assert f"done: {N_STEPS} steps" in (logs / "node-0" / "rank-0.log").read_text()
 
 
+@ALL_MODES
 def test_told_to_stop_it_saves_requeues_and_goes_on(
     cluster: Cluster, config: Path, whole: tuple[Job, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = cluster.submit(tmp_path / "job.log", config, f"run.dir={run_dir}")
+    job = cluster.sbatch(tmp_path / "job.log", "train.sbatch", config, f"run.dir={run_dir}")
     job.wait_for(lambda: n_steps(run_dir) >= 5, "the first steps")
     job.signal("--batch", "--signal=USR1")
     job.wait_for(lambda: job.fields()["Restarts"] == "1", "the requeue")
@@ -81,8 +71,12 @@ def test_preempted_by_another_job_it_saves_and_waits_for_its_turn(
 ) -> None:
     """With a grace period, Slurm signals the ranks and not the batch shell."""
     run_dir = tmp_path / "run"
-    job = cluster.submit(
-        tmp_path / "job.log", config, f"run.dir={run_dir}", options=("--partition=low", "--exclusive")
+    job = cluster.sbatch(
+        tmp_path / "job.log",
+        "train.sbatch",
+        config,
+        f"run.dir={run_dir}",
+        options=("--partition=low", "--exclusive"),
     )
     job.wait_for(lambda: n_steps(run_dir) >= 5, "the first steps")
     high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
@@ -96,7 +90,9 @@ def test_preempted_by_another_job_it_saves_and_waits_for_its_turn(
 
 def test_stopped_by_hand_it_saves_and_stays_stopped(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = cluster.submit(tmp_path / "job.log", config, f"run.dir={run_dir}", "train.steps=100000")
+    job = cluster.sbatch(
+        tmp_path / "job.log", "train.sbatch", config, f"run.dir={run_dir}", "train.steps=100000"
+    )
     job.wait_for(lambda: n_steps(run_dir) >= 5, "the first steps")
     job.signal("--signal=USR1")
     job.finish()
@@ -106,7 +102,7 @@ def test_stopped_by_hand_it_saves_and_stays_stopped(cluster: Cluster, config: Pa
 
 
 def test_a_mistake_is_one_sentence_and_no_node_starts(cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    job = cluster.submit(tmp_path / "job.log", config, "train.stepps=3")
+    job = cluster.sbatch(tmp_path / "job.log", "train.sbatch", config, "train.stepps=3")
     job.wait_for(lambda: job.state() == "FAILED", "failing")
     assert job.fields()["ExitCode"] == "2:0"
     assert "train.stepps" in job.output()
