@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from dist_transformer.checkpoints.folder import check_files, read_description, read_trainer_state
-from dist_transformer.checkpoints.pieces import whole
 from dist_transformer.checkpoints.reader import CheckpointReader
 from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
+from dist_transformer.config import Weights
 from dist_transformer.errors import CheckpointError
 
 Format = Literal["safetensors", "torch"]
 
 
-def convert(checkpoint: Path, format_: Format, out: Path, overwrite: bool = False) -> tuple[Path, Path, int]:
+def convert(
+    checkpoint: Path, format_: Format, out: Path, overwrite: bool = False, weights: Weights = "current"
+) -> tuple[Path, Path, int]:
     """Write the weights to a file, and the model's configuration beside it.
 
     As safetensors, one parameter at a time is in memory; torch's own format needs all of them.
@@ -26,7 +28,7 @@ def convert(checkpoint: Path, format_: Format, out: Path, overwrite: bool = Fals
         The file, the configuration's file, and how many parameters (elements) there are.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the file is there or cannot be written.
+        CheckpointError: the checkpoint is damaged or has no such weights, or the file is there or cannot be written.
     """
     beside = out.with_suffix(".json")
     if beside == out:
@@ -40,11 +42,12 @@ def convert(checkpoint: Path, format_: Format, out: Path, overwrite: bool = Fals
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with CheckpointReader(checkpoint) as reader:
+            reader.require(weights)
             if format_ == "torch":
-                torch.save(dict(reader.weights()), partial)
+                torch.save(dict(reader.weights(weights)), partial)
             else:
                 step = str(read_trainer_state(checkpoint).step)
-                write_safetensors(partial, _entries(reader), {"format": "pt", "step": step})
+                write_safetensors(partial, _entries(reader, weights), {"format": "pt", "step": step})
             n_parameters = sum(torch.Size(shape).numel() for shape in reader.shapes.values())
         partial.replace(out)
         tree = {name: description[name] for name in ("model", "versions")}
@@ -55,14 +58,13 @@ def convert(checkpoint: Path, format_: Format, out: Path, overwrite: bool = Fals
     return out, beside, n_parameters
 
 
-def _entries(reader: CheckpointReader) -> list[Entry]:
+def _entries(reader: CheckpointReader, weights: Weights) -> list[Entry]:
     return [
-        Entry(name, torch.float32, shape, _one(reader, name, shape)) for name, shape in reader.shapes.items()
+        Entry(name, torch.float32, shape, _one(reader, name, weights))
+        for name, shape in reader.shapes.items()
     ]
 
 
-def _one(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+def _one(reader: CheckpointReader, name: str, weights: Weights) -> Iterator[Tensor]:
     """A parameter, read when it is asked for."""
-    weight = torch.empty(shape)
-    reader.fill("master", whole(name, shape), weight.view(-1))
-    yield weight
+    yield reader.weight(name, weights)

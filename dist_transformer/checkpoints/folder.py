@@ -2,6 +2,8 @@
 
 RUN_DIR/checkpoints/step-00000100/    rank-*.safetensors, trainer.json, index.json, files.json
 RUN_DIR/checkpoints/latest            text: the name of the newest complete one
+RUN_DIR/checkpoints/best              text: the name of the one with the best `checkpoint.best_metric`
+RUN_DIR/checkpoints/average-.../      means of several, written by `dist-transformer checkpoint average`: weights only
 """
 
 import hashlib
@@ -40,6 +42,10 @@ class TrainerState:
     """Samples lost to damaged or unreachable shards, in the whole run."""
     data: dict[str, Any] | None = None
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
+    best: dict[str, Any] | None = None
+    """`metric`, its best `value` so far, and the `step` of the checkpoint that has it (`checkpoint.best_metric`)."""
+    early_stopping: dict[str, Any] | None = None
+    """`metric`, its best `value`, and how many evaluations in a row since were no better (`n_without`)."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +111,65 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         CheckpointError: if `latest` names a checkpoint that is not there.
     """
-    pointer = checkpoints_dir(run_dir) / "latest"
+    return _pointed_at(run_dir, "latest", "remove it to start from step 0")
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint with the best `checkpoint.best_metric`, or None where there is none yet.
+
+    Raises:
+        CheckpointError: if `best` names a checkpoint that is not there.
+    """
+    return _pointed_at(run_dir, "best", "remove it")
+
+
+def _pointed_at(run_dir: Path, pointer_name: str, otherwise: str) -> Path | None:
+    pointer = checkpoints_dir(run_dir) / pointer_name
     if not pointer.exists():
         return None
     name = pointer.read_text(encoding="utf-8").strip()
     path = checkpoints_dir(run_dir) / name
     if not name or not path.is_dir():
         others = [other.name for other in list_checkpoints(run_dir)]
-        hint = f"write one of {', '.join(others)} into it" if others else "remove it to start from step 0"
+        hint = f"write one of {', '.join(others)} into it" if others else otherwise
         raise CheckpointError(f"{pointer} names '{name}', which is not there: {hint}")
     return path
 
 
-def find_checkpoint_in(path: Path) -> Path:
-    """A checkpoint that is named itself, or the newest one of the run directory that is.
+def find_checkpoint_in(path: Path, which: str | None = None) -> Path:
+    """A checkpoint that is named itself, or one of the run directory that is.
+
+    Args:
+        which: of a run's: `latest` (default), `best`, a step's number, or a folder's name.
 
     Raises:
         CheckpointError: if there is none.
     """
-    checkpoint = path if (path / "trainer.json").exists() else latest_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run that has one")
-    return checkpoint
+    if (path / "trainer.json").exists():
+        if which is not None:
+            raise CheckpointError(
+                f"{path} is a checkpoint itself: give its run, or leave out --checkpoint {which}"
+            )
+        return path
+    if which in (None, "latest"):
+        checkpoint = latest_checkpoint(path)
+        if checkpoint is None:
+            raise CheckpointError(f"{path}: neither a checkpoint nor a run that has one")
+        return checkpoint
+    if which == "best":
+        checkpoint = best_checkpoint(path)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{path}: no checkpoint is marked as the best: its run had no checkpoint.best_metric"
+            )
+        return checkpoint
+    assert which is not None
+    named = checkpoints_dir(path) / (checkpoint_name(int(which)) if which.isdigit() else which)
+    if not (named / "trainer.json").exists():
+        names = [other.name for other in list_checkpoints(path)]
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise CheckpointError(f"{path} has no checkpoint {named.name}: {there}")
+    return named
 
 
 def read_description(path: Path) -> dict[str, Any]:

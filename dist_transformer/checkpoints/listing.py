@@ -1,11 +1,13 @@
 """What a person wants to know of a run's checkpoints, at a glance. No torch."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_transformer.checkpoints.folder import (
     PARTIAL,
+    best_checkpoint,
     checkpoints_dir,
     damages,
     latest_checkpoint,
@@ -46,11 +48,14 @@ def describe_run(run_dir: Path) -> list[Line]:
     root = checkpoints_dir(run_dir)
     if not root.is_dir():
         raise CheckpointError(f"{run_dir}: no run with checkpoints: {root} is missing")
-    try:
-        latest = latest_checkpoint(run_dir)
-    except CheckpointError:
-        latest = None  # The table shows that none is marked; resuming says why.
-    lines = [_describe(path, path == latest) for path in list_checkpoints(run_dir)]
+    marks: dict[Path, list[str]] = {}
+    for mark, find in (("latest", latest_checkpoint), ("best", best_checkpoint)):
+        # Where a pointer leads nowhere, the table shows that none is marked; resuming says why.
+        with contextlib.suppress(CheckpointError):
+            if (found := find(run_dir)) is not None:
+                marks.setdefault(found, []).append(mark)
+    averages = sorted(path for path in root.glob("average-*") if (path / "files.json").exists())
+    lines = [_describe(path, marks.get(path, [])) for path in [*list_checkpoints(run_dir), *averages]]
     unfinished = [
         path
         for path in root.glob("step-*")
@@ -72,7 +77,7 @@ def table(lines: list[Line]) -> str:
     )
 
 
-def _describe(path: Path, is_latest: bool) -> Line:
+def _describe(path: Path, marks: list[str]) -> Line:
     try:
         damage = next(iter(damages(path, checksums=False)), None)
         state = "complete" if damage is None else f"damaged: {damage}"
@@ -82,7 +87,7 @@ def _describe(path: Path, is_latest: bool) -> Line:
             size_in_words(sum(record["size"] for record in read_files(path).values())),
             str(read_layout(path)),
             f"{read_trainer_state(path).tokens_seen:,}",
-            f"{state}, latest" if is_latest else state,
+            ", ".join([state, *marks]),
         )
     except CheckpointError as error:
         return Line(path.name, state=f"damaged: {error}")

@@ -1,6 +1,6 @@
-"""Making a checkpoint visible: synced, renamed, `latest` replaced, old ones removed.
+"""Making a checkpoint visible: synced, renamed, `latest` and `best` replaced, old ones removed.
 
-A crash between any two lines leaves the previous checkpoint whole, and `latest` always names a complete one.
+A crash between any two lines leaves the previous checkpoint whole, and the pointers always name complete ones.
 """
 
 import json
@@ -40,14 +40,36 @@ def publish(
     keep: int,
     keep_every: int | None,
 ) -> Path:
-    """Complete a folder whose tensors are written and synced, and make it the latest.
+    """Complete a folder whose tensors are written and synced, make it the latest, and mark the best.
+
+    Which one is the best stands in the description's `state`: `best` is written again whenever it does not say so,
+    which mends what a crash has left.
 
     Args:
         files: What the ranks wrote.
         description: `trainer.json`.
         index: `index.json`.
-        keep: Newest checkpoints that stay.
+        keep: Newest checkpoints that stay; so does the best.
         keep_every: Checkpoints of steps that this divides stay for ever.
+
+    Raises:
+        OSError: the disk is full, or the folder is gone.
+    """
+    final = complete(partial, files, description, index)
+    _point(final.parent / "latest", final.name)
+    best = final.parent / "best"
+    if found := description["state"].get("best"):
+        name = checkpoint_name(found["step"])
+        if (final.parent / name).is_dir():
+            _point(best, name)
+    _remove_old(final, best.read_text(encoding="utf-8").strip() if best.exists() else "", keep, keep_every)
+    return final
+
+
+def complete(
+    partial: Path, files: Mapping[str, FileRecord], description: Mapping[str, Any], index: Mapping[str, Any]
+) -> Path:
+    """Give a folder its descriptions and its name; a folder of that name is replaced.
 
     Raises:
         OSError: the disk is full, or the folder is gone.
@@ -63,20 +85,23 @@ def publish(
         # The same step again, after a resume from an older one: the new one replaces it.
         _discard(final)
     partial.rename(final)
-    pointer = final.parent / "latest"
-    beside = pointer.with_name("latest.partial-pointer")
-    beside.write_text(final.name + "\n", encoding="utf-8")
-    _sync(beside)
-    beside.replace(pointer)
     _sync(final.parent)
-    _remove_old(final, keep, keep_every)
     return final
 
 
-def _remove_old(newest: Path, keep: int, keep_every: int | None) -> None:
+def _point(pointer: Path, name: str) -> None:
+    """Make a pointer name a checkpoint, in one step."""
+    beside = pointer.with_name(f"{pointer.name}.partial-pointer")
+    beside.write_text(name + "\n", encoding="utf-8")
+    _sync(beside)
+    beside.replace(pointer)
+    _sync(pointer.parent)
+
+
+def _remove_old(newest: Path, best: str, keep: int, keep_every: int | None) -> None:
     for old in list_checkpoints(newest.parent.parent)[:-keep]:
         step = int(old.name.removeprefix("step-"))
-        if old != newest and not (keep_every and step % keep_every == 0):
+        if old != newest and old.name != best and not (keep_every and step % keep_every == 0):
             _discard(old)
 
 

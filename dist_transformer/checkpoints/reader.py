@@ -13,11 +13,14 @@ from torch import Tensor
 
 from dist_transformer.checkpoints.folder import check_files, read_index
 from dist_transformer.checkpoints.pieces import Copy, Piece, shared, whole
+from dist_transformer.config import Weights
 from dist_transformer.errors import CheckpointError
 
-Kind = Literal["master", "exp_avg", "exp_avg_sq"]
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
-"""What is kept of every element, in float32: the weight and Adam's two moments."""
+"""What is kept of every element, in float32: the weight and Adam's two moments. With `train.ema_decay`, the weight's
+moving average too."""
+_KIND_OF: dict[Weights, Kind] = {"current": "master", "ema": "ema"}
 
 # Elements that are read at a time: what memory is bounded by, besides one parameter's target.
 _CHUNK = 2**24
@@ -34,7 +37,9 @@ class CheckpointReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Every parameter of the model, with its whole shape."""
         self._sources: dict[str, list[tuple[str, int, Piece]]] = defaultdict(list)
-        for file, pieces in read_index(path).items():
+        index = read_index(path)
+        self._with_pieces = [file for file, pieces in index.items() if pieces]
+        for file, pieces in index.items():
             first = 0
             for piece in pieces:
                 self.shapes[piece.name] = piece.shape
@@ -80,16 +85,43 @@ class CheckpointReader:
                 f"it is damaged"
             )
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def has(self, kind: Kind) -> bool:
+        """Whether this kind was saved.
+
+        Raises:
+            CheckpointError: if a file is damaged.
+        """
+        try:
+            return all(kind in self._open(file).keys() for file in self._with_pieces)  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+    def require(self, weights: Weights) -> None:
+        """Raises:
+        CheckpointError: there are no such weights in it.
+        """
+        if not self.has(_KIND_OF[weights]):
+            raise CheckpointError(f"{self.path} has no averaged weights: its run had no train.ema_decay")
+
+    def weights(self, which: Weights = "current") -> Iterator[tuple[str, Tensor]]:
         """Every whole parameter in float32, one after the other.
+
+        Raises:
+            CheckpointError: as for `fill`, or there are no such weights in it.
+        """
+        self.require(which)
+        for name in self.shapes:
+            yield name, self.weight(name, which)
+
+    def weight(self, name: str, which: Weights = "current") -> Tensor:
+        """A whole parameter in float32.
 
         Raises:
             CheckpointError: as for `fill`.
         """
-        for name, shape in self.shapes.items():
-            weight = torch.empty(shape)
-            self.fill("master", whole(name, shape), weight.view(-1))
-            yield name, weight
+        weight = torch.empty(self.shapes[name])
+        self.fill(_KIND_OF[which], whole(name, self.shapes[name]), weight.view(-1))
+        return weight
 
     def tensor(self, file: str, name: str) -> Tensor | None:
         """A whole tensor of one file, or None where it is not there.
@@ -145,12 +177,12 @@ class CheckpointReader:
         return CheckpointError(f"{self.path / file}: cannot be loaded: {str(error).splitlines()[0]}")
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, which: Weights = "current") -> dict[str, Tensor]:
     """All of a checkpoint's weights in float32, by the model's own names, whatever layout wrote them.
 
     Raises:
-        CheckpointError: if they cannot be read.
+        CheckpointError: if they cannot be read, or are not there.
     """
     check_files(path)
     with CheckpointReader(path) as reader:
-        return dict(reader.weights())
+        return dict(reader.weights(which))

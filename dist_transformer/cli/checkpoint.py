@@ -1,9 +1,9 @@
-"""Commands about checkpoints: list, verify, convert."""
+"""Commands about checkpoints: list, verify, convert, average."""
 
 import argparse
 from pathlib import Path
 
-from dist_transformer.cli.parsing import Commands, add_command
+from dist_transformer.cli.parsing import WEIGHTS, Commands, add_command, positive
 from dist_transformer.errors import CheckpointError
 
 
@@ -12,7 +12,7 @@ def add_checkpoint(commands: Commands) -> None:
     group = add_command(
         commands,
         "checkpoint",
-        "look at a run's checkpoints, check them, write their weights to one file",
+        "look at a run's checkpoints, check them, average them, write their weights to one file",
         "dist-transformer checkpoint list runs/quickstart",
         None,
     )
@@ -52,6 +52,36 @@ def add_checkpoint(commands: Commands) -> None:
         "--out", required=True, metavar="FILE", help="file to write; FILE's name with .json beside"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    for parser in (verify, convert):
+        parser.add_argument(
+            "--checkpoint", metavar="WHICH", help="of a run: latest, best, a step, or a folder's name"
+        )
+    average = add_command(
+        actions,
+        "average",
+        "write the mean of a run's checkpoints as a checkpoint that generate, evaluate and train.init_from take",
+        "dist-transformer checkpoint average runs/translate_multi30k --last 5",
+        _average,
+    )
+    average.add_argument("run_dir", metavar="RUN_DIR", help="a run")
+    which = average.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=positive, metavar="N", help="the N newest checkpoints")
+    which.add_argument("--steps", type=_steps, metavar="A,B,..", help="the checkpoints of these steps")
+    average.add_argument(
+        "--out", metavar="DIR", help="folder to write (default: RUN_DIR/checkpoints/average-N-step-..)"
+    )
+    average.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    for parser in (convert, average):
+        parser.add_argument(
+            "--weights",
+            choices=WEIGHTS,
+            default="current",
+            help="the trained weights, or their moving average (default: current)",
+        )
+
+
+def _steps(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -70,7 +100,7 @@ def _verify(options: argparse.Namespace) -> None:
     )
 
     path = Path(options.path)
-    checkpoints = list_checkpoints(path) if options.all else [find_checkpoint_in(path)]
+    checkpoints = list_checkpoints(path) if options.all else [find_checkpoint_in(path, options.checkpoint)]
     if not checkpoints:
         raise CheckpointError(f"{path}: no run with checkpoints")
     n_damaged = 0
@@ -93,6 +123,19 @@ def _convert(options: argparse.Namespace) -> None:
     from dist_transformer.checkpoints.convert import convert
     from dist_transformer.checkpoints.folder import find_checkpoint_in
 
-    checkpoint = find_checkpoint_in(Path(options.path))
-    out, beside, n = convert(checkpoint, options.format, Path(options.out), options.overwrite)
+    checkpoint = find_checkpoint_in(Path(options.path), options.checkpoint)
+    out, beside, n = convert(
+        checkpoint, options.format, Path(options.out), options.overwrite, options.weights
+    )
     print(f"{out}: {n:,} parameters of {checkpoint} in float32; the model's configuration is in {beside}")
+
+
+def _average(options: argparse.Namespace) -> None:
+    from dist_transformer.checkpoints.average import newest_of, of_steps, write_average
+
+    run_dir = Path(options.run_dir)
+    checkpoints = newest_of(run_dir, options.last) if options.last else of_steps(run_dir, options.steps)
+    out = write_average(
+        checkpoints, Path(options.out) if options.out else None, options.weights, options.overwrite
+    )
+    print(f"{out}: the mean of {', '.join(path.name for path in checkpoints)}")

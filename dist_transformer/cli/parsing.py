@@ -4,6 +4,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
+# As `config.evaluate` has them (a test compares): importing the configuration would slow every --help down.
+METRICS = (
+    "bleu", "chrf", "exact_match", "rouge_l", "wer", "cer", "per", "token_accuracy", "sequence_accuracy",
+)  # fmt: skip
+TOKENIZERS = ("13a", "none", "intl", "char", "zh")
+WEIGHTS = ("current", "ema")
+
 
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are one sentence and exit code 2, as wrong configuration is."""

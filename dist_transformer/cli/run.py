@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
+from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
-from dist_transformer.cli.parsing import Commands, add_command, positive
+from dist_transformer.cli.parsing import METRICS, TOKENIZERS, WEIGHTS, Commands, add_command, positive
 from dist_transformer.errors import ConfigError
 
 
@@ -52,18 +53,68 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate = add_command(
         commands,
         "evaluate",
-        "score a run on text; prints one JSON object: bleu, chrf, signature, loss",
-        "dist-transformer evaluate runs/translate_multi30k --source test.en --reference test.de",
+        "score a run on text; prints one JSON object, or with --out writes it and prints a table",
+        "dist-transformer evaluate runs/translate_multi30k --source test.en --reference test.de --metrics bleu,chrf",
         _evaluate,
     )
     _add_decoding(evaluate)
     evaluate.add_argument("--source", required=True, metavar="FILE", help="source lines")
-    evaluate.add_argument("--reference", required=True, metavar="FILE", help="one reference a line")
+    evaluate.add_argument(
+        "--reference",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="one reference a line; several: of each source",
+    )
     evaluate.add_argument("--output", metavar="FILE", help="write the decoded lines here too")
+    evaluate.add_argument("--out", metavar="FILE", help="write the JSON object here, and print a table")
+    own = "(default: the run's evaluate"
+    evaluate.add_argument(
+        "--metrics",
+        type=_metrics,
+        metavar="A,B,..",
+        help=f"{', '.join(METRICS)} {own}.metrics)",
+    )
+    evaluate.add_argument(
+        "--tokenize",
+        choices=TOKENIZERS,
+        help=f"BLEU's tokenizer; none: text is tokenised {own}.tokenize)",
+    )
+    evaluate.add_argument(
+        "--lowercase", action=BooleanOptionalAction, help=f"score in lower case {own}.lowercase)"
+    )
+    evaluate.add_argument(
+        "--group-sources",
+        action=BooleanOptionalAction,
+        help=f"consecutive equal sources are one, with the references of all of them {own}.group_sources)",
+    )
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names or (unknown := [name for name in names if name not in METRICS]):
+        what = f"no metric {unknown[0]}" if names else "no metric given"
+        raise argparse.ArgumentTypeError(f"{what}: there are {', '.join(METRICS)}")
+    return names
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        help="latest, best, a step, or a folder's name in RUN_DIR/checkpoints (default: latest)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="the trained weights, or their moving average (default: as the run evaluates)",
+    )
+    parser.add_argument("--average", type=positive, metavar="N", help="the mean of the N newest checkpoints")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
+    _add_weights(parser)
     parser.add_argument(
         "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
     )
@@ -122,13 +173,20 @@ def _train(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from dist_transformer.train.decode import generate_lines
 
-    generate_lines(Path(options.run_dir), options.input, options.output, _decoding(options), options.threads)
+    generate_lines(
+        Path(options.run_dir),
+        options.input,
+        options.output,
+        _decoding(options),
+        options.threads,
+        _choice(options),
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     import json
 
-    from dist_transformer.train.scores import evaluate_files
+    from dist_transformer.train.scores import Scoring, evaluate_files, table, write_result
 
     scores = evaluate_files(
         Path(options.run_dir),
@@ -137,8 +195,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.output,
         _decoding(options),
         options.threads,
+        Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources),
+        _choice(options),
     )
-    print(json.dumps(scores, ensure_ascii=False))
+    if options.out is None:
+        print(json.dumps(scores, ensure_ascii=False))
+    else:
+        write_result(scores, Path(options.out))
+        print(table(scores))
+
+
+def _choice(options: argparse.Namespace) -> Any:
+    from dist_transformer.train.trained_run import Choice
+
+    return Choice(options.checkpoint, options.weights, options.average)
 
 
 def _decoding(options: argparse.Namespace) -> dict[str, Any]:

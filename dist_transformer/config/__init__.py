@@ -1,6 +1,15 @@
 """All configuration: classes, presets, loading. Imports no torch."""
 
 from dist_transformer.config.data import CorpusConfig, DataConfig
+from dist_transformer.config.evaluate import (
+    LOWER_IS_BETTER,
+    EarlyStoppingConfig,
+    EvaluateConfig,
+    Metric,
+    TextMetric,
+    TokenMetric,
+    Weights,
+)
 from dist_transformer.config.faults import FaultsConfig
 from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
 from dist_transformer.config.model import ModelConfig, StackConfig
@@ -8,7 +17,6 @@ from dist_transformer.config.schema import (
     AlertConfig,
     CheckpointConfig,
     Config,
-    EvaluateConfig,
     GenerateConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -21,14 +29,17 @@ from dist_transformer.config.schema import (
 )
 
 __all__ = [
+    "LOWER_IS_BETTER",
     "AlertConfig",
     "CheckpointConfig",
     "Config",
     "CorpusConfig",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EvaluateConfig",
     "FaultsConfig",
     "GenerateConfig",
+    "Metric",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -36,9 +47,12 @@ __all__ = [
     "RecomputeConfig",
     "RunConfig",
     "StackConfig",
+    "TextMetric",
+    "TokenMetric",
     "TrackingConfig",
     "TrainConfig",
     "WandbConfig",
+    "Weights",
     "build_config",
     "dump_config",
     "load_config",

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from dist_transformer.config.base import Section
 from dist_transformer.config.data import DataConfig
+from dist_transformer.config.evaluate import EarlyStoppingConfig, EvaluateConfig, Mode
 from dist_transformer.config.faults import FaultsConfig
 from dist_transformer.config.model import ModelConfig
 
@@ -69,6 +70,11 @@ class TrainConfig(Section):
     """The run stops after so many updates in a row that were skipped for a non-finite loss or gradient."""
     loss_chunk_rows: PositiveInt = 1024
     """Target positions whose logits exist at the same time: bounds the memory of the output projection."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights too, `ema = decay x ema + (1 - decay) x weights` after every
+    update, in float32, sharded and saved as the master weights are; null: none."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """Be done when evaluations stop getting better."""
     init_from: str | None = None
     """A run directory or checkpoint whose weights the first step starts from (fine-tuning)."""
 
@@ -147,6 +153,11 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
     """Checkpoints of every so many steps stay for ever, besides the newest; null: none."""
+    best_metric: str | None = None
+    """A figure of evaluations, as it stands in `metrics.jsonl` (`eval/SET/bleu`): the checkpoint with the best value is
+    saved when it is measured, stays, and is named in `checkpoints/best`; null: none."""
+    best_mode: Mode | None = None
+    """Which is better, larger or smaller values; null: min of losses and error rates, max of the rest."""
     asynchronous: bool = True
     """Copy to CPU memory and write while training goes on; false: training waits, and the copy's memory is saved."""
     on_failed_save: Literal["go_on", "end"] = "go_on"
@@ -167,21 +178,6 @@ class GenerateConfig(Section):
     """Longest output in tokens; null: `data.max_target_len`."""
     batch_tokens: PositiveInt = 4096
     """Source tokens (padding counted) that are decoded together."""
-
-
-class EvaluateConfig(Section):
-    """Evaluation on held-out data while training."""
-
-    every: PositiveInt = 1000
-    """Steps between evaluations; the last step is always evaluated."""
-    at_start: bool = False
-    """Evaluate the initial weights too, before the first step."""
-    batches: PositiveInt | None = 50
-    """Global batches of the held-out split that are read; null: all of it."""
-    bleu_sentences: NonNegativeInt = 0
-    """Held-out pairs that are also translated and scored with BLEU (objective `pairs`); 0: none."""
-    samples: NonNegativeInt = 0
-    """Held-out samples whose source, output and reference are written to `RUN_DIR/samples/`."""
 
 
 class WandbConfig(Section):
@@ -284,6 +280,8 @@ class Config(Section):
                     f"model.max_positions={self.model.max_positions} is shorter than a row of {longest} tokens: "
                     f"set model.max_positions={longest}"
                 )
+        if self.evaluate.weights == "ema" and self.train.ema_decay is None:
+            problems.append("evaluate.weights=ema needs train.ema_decay: there is no average without it")
         problems += _tensor_parallel_problems(self.model, self.parallel.tp_degree)
         problems += [
             f"deepspeed.{key} is ours to set: use {ours}"

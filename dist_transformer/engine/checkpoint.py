@@ -12,10 +12,11 @@ from dist_transformer.checkpoints.folder import (
     read_layout,
     read_trainer_state,
 )
-from dist_transformer.checkpoints.reader import KINDS, CheckpointReader
+from dist_transformer.checkpoints.reader import CheckpointReader
 from dist_transformer.config import Config
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.masters import (
+    kinds_of,
     live_pieces,
     refresh_parameters,
     release_whole_parameters,
@@ -36,6 +37,10 @@ def check_checkpoint(path: Path, config: Config, mesh: Mesh) -> None:
         CheckpointError: one sentence that names the first difference and the fix.
     """
     read_trainer_state(path)
+    if "average" in read_description(path):
+        raise CheckpointError(
+            f"{path} is a mean of checkpoints and holds weights only: start a new run with train.init_from={path}"
+        )
     checksums = config.checkpoint.verify == "sha256"
     check_files(path, checksums=checksums, share=(mesh.rank, mesh.world_size))
     check_model(path, config.model, "set it back, or start a new run with another run.dir")
@@ -82,11 +87,14 @@ def _load_tensors(engine: Engine, path: Path) -> None:
     with CheckpointReader(path) as reader:
         _check_shapes(engine, reader)
         set_adam_steps(engine, int(read_description(path)["optimizer"]["steps"]))
+        kinds = [kind for kind in kinds_of(engine) if kind != "ema" or reader.has("ema")]
         for live in live_pieces(engine):
-            for kind in KINDS:
+            for kind in kinds:
                 out = tensor_of(engine, live, kind)
                 assert out is not None
                 reader.fill(kind, live.piece, out)
+        if engine.average is not None and "ema" not in kinds:
+            engine.average.restart()  # switched on between two starts
         if _is_same_randomness(path, engine.config, mesh):
             _load_random_state(reader, mesh)
         else:

@@ -11,11 +11,13 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from dist_transformer.config import Config
+from dist_transformer.config import Config, Weights
 from dist_transformer.data.batch import Batch
+from dist_transformer.engine.average import MovingAverage
 from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
 from dist_transformer.engine.layouts import set_layouts
+from dist_transformer.engine.masters import refresh_parameters, release_whole_parameters
 from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
 from dist_transformer.model import EncoderDecoder, build_model
@@ -74,6 +76,9 @@ class Engine:
                 state["step"].zero_()
         if isinstance(optimizer, RMSScaledAdamW):
             set_layouts(self.optimizer, optimizer, mesh)
+        decay = config.train.ema_decay
+        self.average = None if decay is None else MovingAverage(self, decay)
+        """Averaged weights, if the run keeps them."""
 
     @property
     def model(self) -> EncoderDecoder:
@@ -91,6 +96,8 @@ class Engine:
         rate = self.set_learning_rate(step)
         sums = self.accumulate(micro_batches, n_target_tokens)
         norm, applied = self._update(sums)
+        if applied and self.average is not None:
+            self.average.update()
         return StepResult(sums, rate, norm, applied)
 
     def accumulate(self, micro_batches: Sequence[Batch], n_target_tokens: int) -> Tensor:
@@ -120,6 +127,24 @@ class Engine:
         for group in {id(g): g for o in (self.optimizer, self._inner) for g in o.param_groups}.values():
             group["lr"] = rate
         return rate
+
+    @contextmanager
+    def weights(self, which: Weights) -> Iterator[None]:
+        """The model with these weights, for evaluation; afterwards it is as before, bit for bit. A collective."""
+        average = self.average if which == "ema" else None
+        if average is None:
+            yield
+            return
+        self._swap(average)
+        try:
+            yield
+        finally:
+            self._swap(average)
+
+    def _swap(self, average: MovingAverage) -> None:
+        release_whole_parameters(self)
+        average.swap()
+        refresh_parameters(self)
 
     @contextmanager
     def whole_model(self) -> Iterator[EncoderDecoder]:

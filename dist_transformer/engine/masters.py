@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dist_transformer.checkpoints.pieces import Piece
 from dist_transformer.checkpoints.reader import KINDS, Kind
-from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.runs import is_sharded, part_shape, runs
 from dist_transformer.parallel.partition import partition_of
+
+if TYPE_CHECKING:
+    from dist_transformer.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LivePiece:
         return LivePiece(piece, self.owner, self.offset + begin, 0, 1)
 
 
-def live_pieces(engine: Engine) -> list[LivePiece]:
+def live_pieces(engine: "Engine") -> list[LivePiece]:
     """Everything that this rank holds in float32."""
     mesh, pieces = engine.mesh, []
     # Where DeepSpeed shards nothing, data-parallel ranks hold the same.
@@ -60,9 +62,17 @@ def live_pieces(engine: Engine) -> list[LivePiece]:
     return pieces
 
 
-def tensor_of(engine: Engine, live: LivePiece, kind: Kind) -> Tensor | None:
+def kinds_of(engine: "Engine") -> tuple[Kind, ...]:
+    """What this engine keeps of every element."""
+    return KINDS if engine.average is None else (*KINDS, "ema")
+
+
+def tensor_of(engine: "Engine", live: LivePiece, kind: Kind) -> Tensor | None:
     """The flat view of a piece's elements; None: the optimizer has no such state yet."""
-    found = live.owner if kind == "master" else _states(engine).get(live.owner, {}).get(kind)
+    if kind == "ema":
+        found = None if engine.average is None else engine.average.of(live.owner)
+    else:
+        found = live.owner if kind == "master" else _states(engine).get(live.owner, {}).get(kind)
     if found is None:
         return None
     assert found.dtype == torch.float32
@@ -70,7 +80,7 @@ def tensor_of(engine: Engine, live: LivePiece, kind: Kind) -> Tensor | None:
     return view
 
 
-def adam_steps(engine: Engine) -> int:
+def adam_steps(engine: "Engine") -> int:
     """Updates that Adam has made: skipped ones do not count in its bias correction."""
     counts = {int(state["step"]) for state in _states(engine).values() if "step" in state}
     if len(counts) > 1:
@@ -80,7 +90,7 @@ def adam_steps(engine: Engine) -> int:
     return counts.pop() if counts else 0
 
 
-def set_adam_steps(engine: Engine, n: int) -> None:
+def set_adam_steps(engine: "Engine", n: int) -> None:
     """Make the optimizer's state complete, with that many updates made; moments that are new are zero."""
     states = _states(engine)
     for group, owner in _owners(engine):
@@ -94,14 +104,14 @@ def set_adam_steps(engine: Engine, n: int) -> None:
                 state[kind] = torch.zeros_like(owner, requires_grad=False)
 
 
-def release_whole_parameters(engine: Engine) -> None:
+def release_whole_parameters(engine: "Engine") -> None:
     """Before masters are written under ZeRO 3: parameters that are whole on every rank become parts again."""
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):
         engine.optimizer.checkpoint_event_prologue()
 
 
 @torch.no_grad()
-def refresh_parameters(engine: Engine) -> None:
+def refresh_parameters(engine: "Engine") -> None:
     """Make the model's own weights those of the masters. A collective."""
     optimizer: Any = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -120,7 +130,7 @@ def refresh_parameters(engine: Engine) -> None:
                 low.copy_(master)
 
 
-def _owners(engine: Engine) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def _owners(engine: "Engine") -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Every tensor that the optimizer updates, with its group."""
     optimizer: Any = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -132,7 +142,7 @@ def _owners(engine: Engine) -> Iterator[tuple[dict[str, Any], Tensor]]:
         yield from ((group, owner) for owner in group["params"])
 
 
-def _states(engine: Engine) -> Any:
+def _states(engine: "Engine") -> Any:
     """The state of the optimizer inside DeepSpeed's wrapper, by tensor."""
     optimizer: Any = engine.optimizer
     return getattr(optimizer, "optimizer", optimizer).state

@@ -17,7 +17,7 @@ class StateBytes:
     """Those that the model computes with."""
     gradients: int
     optimizer: int
-    """Master weights and moments."""
+    """Master weights and moments, and their average where the run keeps one."""
 
     @property
     def total(self) -> int:
@@ -36,18 +36,22 @@ def state_bytes(engine: Engine) -> StateBytes:
     return StateBytes(
         _count(_parameters(engine), seen),
         _count(_gradients(engine, optimizer), seen),
-        _count(_optimizer_tensors(optimizer), seen),
+        _count(_optimizer_tensors(engine), seen),
     )
 
 
-def expected_bytes(n_parameters: int, zero_stage: int, dp_size: int, tp_size: int = 1) -> float:
+def expected_bytes(
+    n_parameters: int, zero_stage: int, dp_size: int, tp_size: int = 1, ema: bool = False
+) -> float:
     """By formula, for bf16 with fp32 master weights and gradients in bf16 (Rajbhandari et al. 2020, figure 1).
 
     2 bytes of parameter, 2 of gradient, and 12 of master weight and Adam's two moments; ZeRO divides the last, the
-    last two, or all three by the data-parallel ranks, tensor parallelism all of them.
+    last two, or all three by the data-parallel ranks, tensor parallelism all of them. A moving average is 4 more,
+    divided as the master weight is.
     """
     n = dp_size
-    per_parameter = {0: 16.0, 1: 4 + 12 / n, 2: 2 + 14 / n, 3: 16 / n}[zero_stage]
+    per_parameter = (4.0 / (n if zero_stage else 1)) if ema else 0.0
+    per_parameter += {0: 16.0, 1: 4 + 12 / n, 2: 2 + 14 / n, 3: 16 / n}[zero_stage]
     return per_parameter * n_parameters / tp_size
 
 
@@ -84,11 +88,14 @@ _MASTERS = (
 )
 
 
-def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+def _optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
+    optimizer = engine.optimizer
     for name in _MASTERS:
         yield from _tensors(getattr(optimizer, name, None))
     for state in optimizer.state.values():
         yield from _tensors(state)
+    if engine.average is not None:
+        yield from engine.average.values
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

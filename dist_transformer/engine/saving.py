@@ -31,17 +31,17 @@ from dist_transformer.checkpoints.folder import (
     size_in_words,
 )
 from dist_transformer.checkpoints.publish import partial_folder, publish, remove_left_overs
-from dist_transformer.checkpoints.reader import KINDS, Kind
+from dist_transformer.checkpoints.reader import Kind
 from dist_transformer.checkpoints.safe_files import Entry, read_metadata, write_safetensors
 from dist_transformer.config import Config
 from dist_transformer.engine.engine import Engine
-from dist_transformer.engine.masters import adam_steps, live_pieces, tensor_of
+from dist_transformer.engine.masters import adam_steps, kinds_of, live_pieces, tensor_of
 from dist_transformer.engine.random_state import random_metadata, random_tensors
 from dist_transformer.errors import CheckpointError, UserError
 from dist_transformer.parallel.collectives import gather_objects, raise_together, sum_over_ranks
 from dist_transformer.parallel.mesh import Mesh
 
-_BYTES_OF_ELEMENT = 4 * len(KINDS)
+_BYTES_OF_ELEMENT = 4
 # What a checkpoint needs besides its elements, for each rank: headers, indices, random generators.
 _MARGIN = 2**17
 
@@ -125,7 +125,7 @@ class Saver:
         self._n_elements = sum(live.piece.length for live in self._pieces)
         total = torch.tensor([self._n_elements], dtype=torch.int64, device=self.mesh.device)
         n_elements = int(sum_over_ranks(total, self.mesh))
-        self._needed = n_elements * _BYTES_OF_ELEMENT + _MARGIN * self.mesh.world_size
+        self._needed = n_elements * _BYTES_OF_ELEMENT * len(kinds_of(engine)) + _MARGIN * self.mesh.world_size
         self._buffers: dict[Kind, Tensor] = {}
         self._save: _Save | None = None
 
@@ -252,7 +252,7 @@ class Saver:
     def _entries(self) -> list[Entry]:
         """What goes into this rank's file: as copies where training goes on while they are written."""
         entries = []
-        for kind in KINDS:
+        for kind in kinds_of(self.engine):
             parts = [tensor_of(self.engine, live, kind) for live in self._pieces]
             present = [part for part in parts if part is not None]
             if len(present) == len(parts):

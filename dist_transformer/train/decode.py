@@ -14,17 +14,22 @@ from accelerate.utils import find_executable_batch_size
 from dist_transformer.errors import ConfigError, DataError
 from dist_transformer.generate.spans import Filled, fill_texts
 from dist_transformer.generate.text import Generated, continue_texts, describe_truncated, generate_texts
-from dist_transformer.train.trained_run import TrainedRun
+from dist_transformer.train.trained_run import Choice, TrainedRun
 
 
 def generate_lines(
-    path: Path, input_: str | None, output: str | None, decoding: Mapping[str, object], threads: int | None
+    path: Path,
+    input_: str | None,
+    output: str | None,
+    decoding: Mapping[str, object],
+    threads: int | None,
+    choice: Choice | None = None,
 ) -> None:
     """Read lines, write one line for each: its gaps (`___`) filled by a denoising model, continued by one that was
     pretrained on prefixes, else the translation.
     """
     set_threads(threads)
-    run = TrainedRun(path)
+    run = TrainedRun(path, choice)
     with contextlib.ExitStack() as stack:
         lines = read_lines(input_) if input_ else _read_stdin()
         destination = stack.enter_context(open(output, "w", encoding="utf-8")) if output else sys.stdout  # noqa: PTH123

@@ -1,12 +1,14 @@
 """Evaluation on held-out data: loss over packed rows, BLEU and samples over decoded text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import Tensor
 
-from dist_transformer.config import Config, CorpusConfig, DataConfig
+from dist_transformer.config import Config, CorpusConfig, DataConfig, TextMetric, TokenMetric
 from dist_transformer.config.data import metric_name
 from dist_transformer.data.batch import EOS_ID, Batch
 from dist_transformer.data.held_out import eval_batches, held_out_texts
@@ -20,7 +22,9 @@ from dist_transformer.parallel.collectives import (
     sum_over_data_parallel,
     sum_over_ranks,
 )
+from dist_transformer.parallel.cross_entropy import TokenLoss
 from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.scoring import group_by_source, score_texts
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,12 @@ class Sample:
 
     source: str
     output: str
-    reference: str
+    references: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """The first of them."""
+        return self.references[0]
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     """`eval/<set>/...` by name."""
+    signatures: dict[str, str]
+    """`eval/<set>/<metric>_signature`: how each score of texts counts."""
     samples: dict[str, list[Sample]]
     """By set."""
     problems: list[str]
@@ -54,46 +65,71 @@ def evaluate(engine: Engine, config: Config, tokenizer: TextTokenizer) -> Evalua
         DataError: on every rank, if a set cannot be read by any and the policy is `error`.
     """
     random_state = torch.get_rng_state()
-    found = Evaluation({}, {}, [])
-    for corpus in config.data.corpora():
-        if corpus.eval is None:
-            continue
-        name = set_name(config.data, corpus)
-        try:
-            metrics, samples = _evaluate_set(engine, config, corpus, tokenizer)
-        except DataError as error:
-            if config.data.on_bad_shard == "error":
-                raise
-            found.problems.append(f"held-out set {name} is not evaluated: {error}")
-            continue
-        found.metrics.update({f"eval/{name}/{key}": value for key, value in metrics.items()})
-        if samples:
-            found.samples[name] = samples
+    found = Evaluation({}, {}, {}, [])
+    with engine.weights(config.evaluate.weights):
+        for corpus in config.data.corpora():
+            if corpus.eval is None:
+                continue
+            name = set_name(config.data, corpus)
+            try:
+                of_set = _evaluate_set(engine, config, corpus, tokenizer)
+            except DataError as error:
+                if config.data.on_bad_shard == "error":
+                    raise
+                found.problems.append(f"held-out set {name} is not evaluated: {error}")
+                continue
+            found.metrics.update({f"eval/{name}/{key}": value for key, value in of_set.values.items()})
+            signatures = of_set.signatures.items()
+            found.signatures.update({f"eval/{name}/{key}_signature": text for key, text in signatures})
+            if of_set.samples:
+                found.samples[name] = of_set.samples
     # Evaluating more or less often must not change what training draws.
     torch.set_rng_state(random_state)
     return found
 
 
-def _evaluate_set(
-    engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer
-) -> tuple[dict[str, float], list[Sample]]:
-    metrics, samples = _loss(engine, config, corpus), []
-    n_scored = config.evaluate.bleu_sentences if corpus.objective == "pairs" else 0
-    if n_sentences := max(config.evaluate.samples, n_scored):
+def measured(config: Config) -> list[str]:
+    """The names of all figures that an evaluation of this run gives."""
+    names = []
+    for corpus in config.data.corpora():
+        if corpus.eval is not None:
+            metrics = ["loss", "accuracy", *_token_metrics(config), *_text_metrics(config, corpus)]
+            names += [f"eval/{set_name(config.data, corpus)}/{metric}" for metric in metrics]
+    return names
+
+
+@dataclass
+class _OfSet:
+    values: dict[str, float]
+    signatures: dict[str, str] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+
+def _evaluate_set(engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer) -> _OfSet:
+    evaluate, metrics = config.evaluate, _text_metrics(config, corpus)
+    found = _OfSet(_loss(engine, config, corpus))
+    n_scored = evaluate.sentences if metrics else 0
+    if n_sentences := max(evaluate.samples, n_scored):
         samples = _decode(engine, config, corpus, tokenizer, n_sentences)
+        found.samples = samples[: evaluate.samples]
         if scored := samples[:n_scored]:
-            metrics |= score_texts([s.output for s in scored], [s.reference for s in scored])
-    return metrics, samples[: config.evaluate.samples]
+            outputs, references = [s.output for s in scored], [s.references for s in scored]
+            scores = score_texts(
+                outputs, references, metrics, tokenize=evaluate.tokenize, lowercase=evaluate.lowercase
+            )
+            found.values |= {metric: score.value for metric, score in scores.items()}
+            found.signatures = {metric: score.signature for metric, score in scores.items()}
+    return found
 
 
-def score_texts(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Corpus BLEU and chrF by sacreBLEU's defaults (cased, detokenised, 13a)."""
-    import sacrebleu
+def _text_metrics(config: Config, corpus: CorpusConfig) -> list[TextMetric]:
+    if corpus.objective != "pairs" or not config.evaluate.sentences:
+        return []
+    return [metric for metric in get_args(TextMetric) if metric in config.evaluate.metrics]
 
-    return {
-        "bleu": sacrebleu.corpus_bleu(list(outputs), [list(references)]).score,
-        "chrf": sacrebleu.corpus_chrf(list(outputs), [list(references)]).score,
-    }
+
+def _token_metrics(config: Config) -> list[TokenMetric]:
+    return [metric for metric in get_args(TokenMetric) if metric in config.evaluate.metrics]
 
 
 def set_name(data: DataConfig, corpus: CorpusConfig) -> str:
@@ -104,7 +140,7 @@ def set_name(data: DataConfig, corpus: CorpusConfig) -> str:
 
 def _loss(engine: Engine, config: Config, corpus: CorpusConfig) -> dict[str, float]:
     mesh, limit = engine.mesh, config.evaluate.batches
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
     batches = eval_batches(
         config.data,
         corpus,
@@ -114,14 +150,41 @@ def _loss(engine: Engine, config: Config, corpus: CorpusConfig) -> dict[str, flo
         micro_batch_size=config.train.micro_batch_size,
         max_rows=None if limit is None else limit * config.train.global_batch_size,
     )
+    wanted = _token_metrics(config)
     for batch in _in_step(batches, mesh):
         loss = engine.evaluate_batch(batch)
-        sums += torch.stack([loss.cross_entropy, loss.n_correct, loss.n_tokens]).double()
-    cross_entropy, n_correct, n_tokens = sum_over_data_parallel(sums, mesh).tolist()
-    return {
-        "loss": cross_entropy / max(1.0, n_tokens),
-        "accuracy": n_correct / max(1.0, n_tokens),
+        sums[:3] += torch.stack([loss.cross_entropy, loss.n_correct, loss.n_tokens]).double()
+        if "sequence_accuracy" in wanted:
+            sums[3:] += count_sequences(loss, batch.decoder_segment_ids)
+    cross_entropy, n_correct, n_tokens, n_right, n_sequences = sum_over_data_parallel(sums, mesh).tolist()
+    accuracy = n_correct / max(1.0, n_tokens)
+    percent = {
+        "token_accuracy": 100 * accuracy,
+        "sequence_accuracy": 100 * n_right / max(1.0, n_sequences),
     }
+    loss_per_token = cross_entropy / max(1.0, n_tokens)
+    return {"loss": loss_per_token, "accuracy": accuracy, **{metric: percent[metric] for metric in wanted}}
+
+
+def count_sequences(loss: TokenLoss, segment_ids_BT: Tensor) -> Tensor:
+    """[2] float64: targets of which every token has the largest logit, and all targets.
+
+    Args:
+        segment_ids_BT: which sample of its row a target token belongs to, from 1; 0 is padding.
+    """
+    n_rows, length = segment_ids_BT.shape
+    segments = segment_ids_BT.to(loss.is_correct.device).long()
+    # Rows may have been padded, so that ranks share them equally.
+    is_correct_BT = loss.is_correct.view(n_rows, -1)[:, :length]
+    n_segments = int(segments.max()) + 1
+    key_BT = segments + n_segments * torch.arange(n_rows, device=segments.device)[:, None]
+    is_token, is_wrong = (
+        torch.zeros(n_rows * n_segments, dtype=torch.bool, device=segments.device).index_fill_(
+            0, key_BT[which], True
+        )
+        for which in (segments > 0, (segments > 0) & ~is_correct_BT)
+    )
+    return torch.stack([(is_token & ~is_wrong).sum(), is_token.sum()]).double()
 
 
 def _in_step(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
@@ -181,7 +244,9 @@ def _decode(
     outputs = [gathered[(i % mesh.dp_size) * mesh.tp_size][i // mesh.dp_size] for i in range(len(examples))]
     return [
         Sample(
-            example.source or decode(example.source_ids), output, example.target or decode(example.target_ids)
+            example.source or decode(example.source_ids),
+            output,
+            example.references or (decode(example.target_ids),),
         )
         for example, output in zip(examples, outputs, strict=True)
     ]
@@ -194,15 +259,23 @@ class _Example:
     source_ids: list[int]
     target_ids: list[int]
     source: str = ""
-    target: str = ""
+    references: tuple[str, ...] = ()
 
 
 def _held_out_pairs(
     config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer, limit: int
 ) -> list[_Example]:
-    pairs = held_out_texts(config.data, corpus, limit)
-    sources = tokenizer.encode_batch([source for source, _ in pairs])
-    return [_Example(ids, [], source, target) for ids, (source, target) in zip(sources, pairs, strict=True)]
+    is_grouped = config.evaluate.group_sources
+    pairs = held_out_texts(config.data, corpus, None if is_grouped else limit)
+    sources, references = [source for source, _ in pairs], [[target] for _, target in pairs]
+    if is_grouped:
+        grouped = group_by_source(sources, references)
+        sources, references = grouped.sources[:limit], grouped.references[:limit]
+    encoded = tokenizer.encode_batch(sources)
+    return [
+        _Example(ids, [], source, tuple(right))
+        for ids, source, right in zip(encoded, sources, references, strict=True)
+    ]
 
 
 def _corrupted(config: Config, corpus: CorpusConfig, limit: int) -> list[_Example]:

@@ -11,6 +11,7 @@ from dist_transformer.errors import DivergenceError, PreflightError, UserError
 from dist_transformer.parallel.collectives import gather_objects
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.tracking.exits import (
+    FINISHED,
     FOR_A_PERSON,
     ON_REQUEST,
     Reason,
@@ -40,6 +41,8 @@ class Guard:
     def __init__(self, config: Config, mesh: Mesh, outlets: Outlets, signals: StopSignals, step: int) -> None:
         self.config, self.mesh, self.outlets, self.signals = config, mesh, outlets, signals
         self.run_dir, self.step = Path(config.run.dir), step
+        self.early_stopped: str | None = None
+        """Why the run is done before its last step; the loop says so."""
         self._switches_seen = 0.0
         self._stop_switch = False
 
@@ -127,6 +130,8 @@ class Guard:
             return "crash", f"{type(error).__name__}: {first[0] if first else ''}"
         if self.step >= self.config.train.steps:
             return "done", ""
+        if self.early_stopped is not None:
+            return "early_stopped", self.early_stopped
         if self.signals.received is not None:
             return signal_reason(self.signals.received), self.signals.received
         if self._stop_switch:
@@ -149,7 +154,7 @@ class Guard:
 
     def _tell_of_the_last_end(self) -> None:
         exits = read_exits(self.run_dir)
-        if exits and exits[-1].reason not in ("done", *ON_REQUEST):
+        if exits and exits[-1].reason not in (*FINISHED, *ON_REQUEST):
             last = exits[-1]
             again = " (it may end the same way again)" if last.reason in FOR_A_PERSON else ""
             text = f"the last start ended at step {last.step} by {last.reason}{again}: {last.message}"

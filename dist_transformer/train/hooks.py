@@ -1,9 +1,10 @@
 """Side work of the loop, each with its own cadence: logging, evaluation, checkpoints."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dist_transformer.checkpoints.folder import TrainerState
 from dist_transformer.config import Config
@@ -14,6 +15,7 @@ from dist_transformer.errors import CheckpointError
 from dist_transformer.model.flops import Work
 from dist_transformer.tracking import Console, MetricsLog
 from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
+from dist_transformer.train.selection import Selection
 
 
 @dataclass
@@ -81,19 +83,25 @@ class Hook(Protocol):
 
 @dataclass
 class EvaluateHook:
-    """Every `evaluate.every` steps and at the end: held-out loss, BLEU, samples."""
+    """Every `evaluate.every` steps and at the end: held-out loss, scores, samples, and what follows from them."""
 
     config: Config
     engine: Engine
     tokenizer: TextTokenizer
     state: TrainerState
     outlets: Outlets
+    selection: Selection
     account = "evaluation"
 
     def after_step(self, report: StepReport) -> None:
-        """Evaluate when it is time."""
-        if report.step % self.config.evaluate.every == 0 or report.step == self.config.train.steps:
-            self.run(report.step)
+        """Evaluate when it is time; the best weights so far are saved, and those that the run is done with."""
+        if report.step % self.config.evaluate.every and report.step != self.config.train.steps:
+            return
+        found = self.run(report.step)
+        if self.selection.record(report.step, found.metrics):
+            report.save = True
+        if self.selection.why_done is not None:
+            report.save = report.is_last = True
 
     def run(self, step: int) -> Evaluation:
         """Evaluate now. A collective."""
@@ -105,7 +113,8 @@ class EvaluateHook:
         if self.outlets.log is not None and self.outlets.console is not None:
             seconds = time.perf_counter() - start
             if found.metrics:
-                self.outlets.log.log("eval", step, {**values, "perf/eval_time_s": seconds})
+                row: dict[str, float | str] = {**values, **found.signatures, "perf/eval_time_s": seconds}
+                self.outlets.log.log("eval", step, row)
                 self.outlets.console.evaluation(step, values)
             for name, samples in found.samples.items():
                 of_set = name if self.config.data.mixture else ""
@@ -130,6 +139,9 @@ class CheckpointHook:
     engine: Engine
     state: TrainerState
     outlets: Outlets
+    selection: Selection
+    position: Callable[[], dict[str, Any]]
+    """Where the stream is, over all ranks; a collective."""
     account = "checkpoint"
 
     def __post_init__(self) -> None:
@@ -149,6 +161,7 @@ class CheckpointHook:
             return
         if self.outlets.console is not None:
             self.outlets.console.pause()
+        self.state.data = self.position()
         ended = self.saver.begin(self.state)
         if report.is_last or not self.config.checkpoint.asynchronous:
             ended += self.saver.finish()
@@ -173,6 +186,7 @@ class CheckpointHook:
 
     def _record(self, step: int, outcome: SaveOutcome) -> None:
         if outcome.error is not None:
+            self.selection.forget(outcome.step)
             self.outlets.alert(step, outcome.error, kind="checkpoint")
         elif self.outlets.log is not None:
             values = {

@@ -17,6 +17,7 @@ from dist_transformer.errors import CheckpointError, ConfigError, UserError
 from dist_transformer.parallel.collectives import raise_together
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.tracking import check_tracking
+from dist_transformer.train.selection import check_selection
 
 
 def prepare_run(config: Config, mesh: Mesh) -> tuple[Config, TextTokenizer]:
@@ -39,6 +40,7 @@ def prepare_run(config: Config, mesh: Mesh) -> tuple[Config, TextTokenizer]:
 def _prepare(config: Config, dp_size: int) -> tuple[Config, TextTokenizer]:
     grad_accum_steps(config, dp_size)
     check_tracking(config.tracking)
+    check_selection(config)
     summary = check_data(config.data, dp_size=dp_size, workers=config.data.workers)
     config = with_vocabulary(config, summary.vocab_size)
     run_dir = Path(config.run.dir)

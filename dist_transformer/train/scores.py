@@ -1,80 +1,160 @@
 """The command `evaluate`: a run's model decodes a file, and its lines are scored against references."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
+from dist_transformer.config import Metric, TextMetric
 from dist_transformer.data.batch import EOS_ID, PAD_ID
 from dist_transformer.errors import DataError
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
+from dist_transformer.scoring import Grouped, Score, group_by_source, score_texts
 from dist_transformer.train.decode import decode_lines, read_lines, set_threads
-from dist_transformer.train.evaluate import score_texts
-from dist_transformer.train.trained_run import TrainedRun
+from dist_transformer.train.trained_run import Choice, TrainedRun
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What `evaluate` measures; what is None is the run's own `evaluate` section's."""
+
+    metrics: Sequence[Metric] | None = None
+    tokenize: str | None = None
+    lowercase: bool | None = None
+    group_sources: bool | None = None
 
 
 def evaluate_files(
     path: Path,
     source: str,
-    reference: str,
+    references: Sequence[str],
     output: str | None,
     decoding: Mapping[str, object],
     threads: int | None,
-) -> dict[str, float | int | str]:
-    """Decode a source file and score it: BLEU and chrF with sacreBLEU's signature, and the references' loss.
+    scoring: Scoring | None = None,
+    choice: Choice | None = None,
+) -> dict[str, Any]:
+    """Decode a source file and score it.
+
+    Args:
+        references: files of as many lines; several are several right answers for each source.
+
+    Returns:
+        Every metric in percent, rounded to 2 digits; `loss`; `sentences` (sources that were decoded) and
+        `references`; `signatures` by metric, and BLEU's as `signature`; `checkpoint`.
 
     Raises:
-        DataError: if the files are not of one length.
+        DataError: if the files are not of one length, or empty.
     """
-    sources, references = read_lines(source), read_lines(reference)
-    if len(sources) != len(references):
-        raise DataError(
-            f"{source} has {len(sources):,} lines and {reference} {len(references):,}: they must be parallel"
-        )
-    if not sources:
-        raise DataError(f"{source} is empty: nothing to score")
+    lines = _read_parallel(source, references)
     set_threads(threads)
-    run = TrainedRun(path)
-    outputs = decode_lines(run, sources, decoding)
+    run = TrainedRun(path, choice)
+    asked, of_run = scoring or Scoring(), run.config.evaluate
+
+    def option(name: str) -> Any:
+        given = getattr(asked, name)
+        return getattr(of_run, name) if given is None else given
+
+    texts = group_by_source(lines.sources, lines.references) if option("group_sources") else lines
+    outputs = decode_lines(run, texts.sources, decoding)
     if output:
         Path(output).write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
-    return {
-        **_scores(outputs, references),
-        "loss": _reference_loss(run, sources, references),
-        "sentences": len(sources),
+    metrics: Sequence[Metric] = option("metrics")
+    of_text = [metric for metric in get_args(TextMetric) if metric in metrics]
+    scores = score_texts(
+        outputs, texts.references, of_text, tokenize=option("tokenize"), lowercase=option("lowercase")
+    )
+    pairs = [
+        (text, reference)
+        for text, group in zip(texts.sources, texts.references, strict=True)
+        for reference in group
+    ]
+    return _result(run, scores, metrics, pairs, len(texts.sources))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures of `evaluate_files` for a person: a metric a line, with its signature."""
+    signatures = result["signatures"]
+    figures = [(key, value) for key, value in result.items() if isinstance(value, float)]
+    width = max(len(key) for key, _ in figures)
+    lines = [
+        f"{key:<{width}}  {value:>{8}.{4 if key == 'loss' else 2}f}  {signatures.get(key, '')}".rstrip()
+        for key, value in figures
+    ]
+    n_sentences, n_references = result["sentences"], result["references"]
+    return "\n".join(
+        [*lines, f"{n_sentences:,} sentences, {n_references:,} references, {result['checkpoint']}"]
+    )
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Keep a result as JSON.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+
+
+def _read_parallel(source: str, references: Sequence[str]) -> Grouped:
+    sources = read_lines(source)
+    streams = [read_lines(name) for name in references]
+    for name, stream in zip(references, streams, strict=True):
+        if len(sources) != len(stream):
+            raise DataError(
+                f"{source} has {len(sources):,} lines and {name} {len(stream):,}: they must be parallel"
+            )
+    if not sources:
+        raise DataError(f"{source} is empty: nothing to score")
+    return Grouped(sources, [list(group) for group in zip(*streams, strict=True)])
+
+
+def _result(
+    run: TrainedRun,
+    scores: Mapping[TextMetric, Score],
+    metrics: Sequence[Metric],
+    pairs: Sequence[tuple[str, str]],
+    n_sentences: int,
+) -> dict[str, Any]:
+    forced = reference_scores(run, pairs)
+    result: dict[str, Any] = {metric: round(score.value, 2) for metric, score in scores.items()}
+    result |= {name: value for name, value in forced.items() if name == "loss" or name in metrics}
+    if "bleu" in scores:
+        result["signature"] = scores["bleu"].signature
+    return result | {
+        "signatures": {metric: score.signature for metric, score in scores.items()},
+        "sentences": n_sentences,
+        "references": len(pairs),
+        "checkpoint": run.checkpoint.name,
     }
 
 
-def _scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
-    import sacrebleu
-
-    bleu = sacrebleu.metrics.BLEU()
-    bleu.corpus_score(list(outputs), [list(references)])
-    scores = score_texts(outputs, references)
-    return {
-        "bleu": round(scores["bleu"], 2),
-        "chrf": round(scores["chrf"], 2),
-        "signature": str(bleu.get_signature()),
-    }
-
-
-def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequence[str]) -> float:
-    """Nats per target token of the references, end of sentence counted."""
+def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """What the model makes of the references: `loss` in nats per target token, end of sentence counted; the share of
+    their tokens that have the largest probability after those before them, and of references that have only such, in
+    percent (`token_accuracy`, `sequence_accuracy`).
+    """
     data, device = run.config.data, run.device
-    pairs = sorted(
+    encoded = sorted(
         (
             (
-                run.tokenizer.encode(s)[: data.max_source_len - 1],
-                run.tokenizer.encode(r)[: data.max_target_len - 1],
+                run.tokenizer.encode(source)[: data.max_source_len - 1],
+                run.tokenizer.encode(reference)[: data.max_target_len - 1],
             )
-            for s, r in zip(sources, references, strict=True)
+            for source, reference in pairs
         ),
         key=lambda pair: len(pair[0]) + len(pair[1]),
     )
-    total, n_tokens = 0.0, 0
+    total, n_tokens, n_correct, n_right = 0.0, 0, 0, 0
     with torch.inference_mode():
-        for start in range(0, len(pairs), 64):
-            group = pairs[start : start + 64]
+        for start in range(0, len(encoded), 64):
+            group = encoded[start : start + 64]
             source_BS = _padded([s + [EOS_ID] for s, _ in group], device)
             target_BT = _padded([t + [EOS_ID] for _, t in group], device)
             input_BT = torch.cat([torch.full_like(target_BT[:, :1], PAD_ID), target_BT[:, :-1]], dim=1)
@@ -91,7 +171,14 @@ def _reference_loss(run: TrainedRun, sources: Sequence[str], references: Sequenc
             )
             total += float(loss.cross_entropy)
             n_tokens += int(loss.n_tokens)
-    return round(total / max(1, n_tokens), 4)
+            n_correct += int(loss.n_correct)
+            is_right_BT = loss.is_correct.view_as(target_BT) | (target_BT == PAD_ID)
+            n_right += int(is_right_BT.all(dim=1).sum())
+    return {
+        "loss": round(total / max(1, n_tokens), 4),
+        "token_accuracy": round(100 * n_correct / max(1, n_tokens), 2),
+        "sequence_accuracy": round(100 * n_right / max(1, len(pairs)), 2),
+    }
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:

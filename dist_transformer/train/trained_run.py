@@ -1,38 +1,74 @@
 """A run's weights as a model on one process, whatever layout wrote them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dist_transformer.checkpoints.folder import latest_checkpoint
-from dist_transformer.checkpoints.reader import load_weights
-from dist_transformer.config import Config, load_config
+from dist_transformer.checkpoints.average import averaged_weights, newest_of
+from dist_transformer.checkpoints.folder import find_checkpoint_in
+from dist_transformer.checkpoints.reader import CheckpointReader, load_weights
+from dist_transformer.config import Config, Weights, load_config
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import CheckpointError
 from dist_transformer.model import EncoderDecoder, build_model
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which of a run's weights are meant."""
+
+    checkpoint: str | None = None
+    """`latest`, `best`, a step's number or a folder's name; None: the latest."""
+    weights: Weights | None = None
+    """The trained ones or their moving average; None: what the run evaluates with, where the checkpoint has it."""
+    average: int | None = None
+    """The mean over so many of the newest checkpoints."""
+
+
 class TrainedRun:
-    """A run's newest checkpoint (or a given one) as a model, with its tokenizer and configuration.
+    """A run's newest checkpoint (or a chosen one) as a model, with its tokenizer and configuration.
+
+    Args:
+        path: a run directory, or a checkpoint: one of a run, or one that carries configuration and tokenizer itself.
 
     Raises:
-        CheckpointError: if there is no run, no checkpoint, or it cannot be read.
+        CheckpointError: if there is no run, no such checkpoint, or it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        checkpoint = path if (path / "trainer.json").exists() else latest_checkpoint(path)
-        run_dir = path.parent.parent if checkpoint == path else path
-        if not (run_dir / "config.yaml").exists():
-            raise CheckpointError(f"{run_dir}: no run there: config.yaml is missing")
-        if checkpoint is None:
-            raise CheckpointError(f"{run_dir}: no checkpoint yet")
-        self.config: Config = load_config(run_dir / "config.yaml")
-        self.tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
+    def __init__(self, path: Path, choice: Choice | None = None) -> None:
+        choice = choice or Choice()
+        if choice.average is not None and choice.checkpoint is not None:
+            raise CheckpointError("--average takes the newest checkpoints: leave out --checkpoint")
+        if not any((path / name).exists() for name in ("trainer.json", "config.yaml")):
+            raise CheckpointError(f"{path}: no run there: config.yaml is missing")
+        self.checkpoint = find_checkpoint_in(path, choice.checkpoint)
+        """The folder that was read; the newest of those that were averaged."""
+        if choice.average is not None and self.checkpoint == path:
+            raise CheckpointError(f"{path} is a checkpoint itself: --average needs its run")
+        home = (
+            self.checkpoint if (self.checkpoint / "config.yaml").exists() else self.checkpoint.parent.parent
+        )
+        if not (home / "config.yaml").exists():
+            raise CheckpointError(f"{home}: no run there: config.yaml is missing")
+        self.config: Config = load_config(home / "config.yaml")
+        self.tokenizer = TextTokenizer.load(home / "tokenizer.json")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: EncoderDecoder = build_model(self.config.model).to_empty(device=self.device)
-        weights = load_weights(checkpoint)
         try:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(self._read(path, choice))
         except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint} does not fit {run_dir / 'config.yaml'}: {error}") from None
+            raise CheckpointError(f"{self.checkpoint} does not fit {home / 'config.yaml'}: {error}") from None
         self.model.eval()
+
+    def _read(self, path: Path, choice: Choice) -> dict[str, Tensor]:
+        weights = choice.weights
+        if weights is None:
+            weights = self.config.evaluate.weights
+            with CheckpointReader(self.checkpoint) as reader:
+                if not reader.has("ema"):
+                    weights = "current"
+        if choice.average is not None:
+            return dict(averaged_weights(newest_of(path, choice.average), weights))
+        return load_weights(self.checkpoint, weights)

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
@@ -37,6 +38,7 @@ from dist_transformer.train.hooks import (
 from dist_transformer.train.log_hook import LogHook
 from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
 from dist_transformer.train.profiling import Profiling
+from dist_transformer.train.selection import Selection
 
 
 def train(config: Config) -> None:
@@ -95,12 +97,13 @@ class Trainer:
             micro_batch_size=config.train.micro_batch_size,
             state=self.state.data,
         )
+        self.selection = Selection(config, self.state)
         self.evaluation = (
-            EvaluateHook(config, self.engine, tokenizer, self.state, outlets)
+            EvaluateHook(config, self.engine, tokenizer, self.state, outlets, self.selection)
             if any(corpus.eval for corpus in config.data.corpora())
             else None
         )
-        self.saving = CheckpointHook(config, self.engine, self.state, outlets)
+        self.saving = CheckpointHook(config, self.engine, self.state, outlets, self.selection, self._position)
         self.logging = LogHook(config, self.engine, self.state, self.bad_steps, outlets, accounts)
         self.profiling = Profiling(config.profile, Path(config.run.dir), mesh, accounts, outlets.message)
         self.hooks: list[Hook] = [
@@ -128,18 +131,22 @@ class Trainer:
             with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", 0):
                 self.evaluation.run(0)
         batches = self._global_batches()
-        while self.state.step < self.config.train.steps:
+        while self.state.step < self.config.train.steps and self.selection.why_done is None:
             with self.profiling.step(self.state.step + 1):
                 report = self._step(batches)
             for hook in self.hooks:
                 with self.accounts.spend(hook.account), self.guard.side_work(hook.account, report.step):
                     hook.after_step(report)
             self.bad_steps.check(report.step)
-            if report.is_last and report.step < self.config.train.steps:
+            if report.is_last and report.step < self.config.train.steps and self.selection.why_done is None:
                 self.outlets.message(
                     f"stopped by {self.guard.why_stopped()} after step {report.step:,}: saved; the same command goes on"
                 )
                 return
+        if self.state.step < self.config.train.steps and (why := self.selection.why_done) is not None:
+            self.guard.early_stopped = f"stopped early after step {self.state.step:,}: {why}"
+            self.outlets.message(f"done: {self.guard.early_stopped}")
+            return
         self.outlets.message(f"done: {self.config.train.steps:,} steps in {self.config.run.dir}")
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
@@ -169,9 +176,10 @@ class Trainer:
         self.state.n_bad_steps = self.bad_steps.total
         is_last = stop or step == self.config.train.steps
         save = save or is_last or step % self.config.checkpoint.every == 0
-        if save:
-            self.state.data = merge_states(gather_objects(self.stream.state(), self.mesh))
         return StepReport(step, is_last, save, totals, result, time.perf_counter() - start, data_time_s)
+
+    def _position(self) -> dict[str, Any]:
+        return merge_states(gather_objects(self.stream.state(), self.mesh))
 
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""

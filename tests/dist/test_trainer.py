@@ -135,7 +135,7 @@ def on_two_ranks(mesh: Mesh, shards: str, folder: str) -> dict[str, Any]:
 
 def on_one_rank(mesh: Mesh, shards: str, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"held out": held_out(mesh, shards, f"{folder}/held-out-1")}
-    often = {"every": 1, "at_start": True, "samples": 2, "bleu_sentences": 3}
+    often = {"every": 1, "at_start": True, "samples": 2, "sentences": 3}
     evaluations: dict[str, dict[str, Any]] = {"often": often, "never": {}}
     for name, evaluation in evaluations.items():
         data = {} if evaluation else {"eval": None}

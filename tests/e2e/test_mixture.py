@@ -20,7 +20,7 @@ def config(tmp_path: Path, pair_shards: Path, write_config: Callable[..., Path])
         "--tokenizer", pair_shards / "tokenizer.json", "--shards", "4", "--held-out", "10", "--out", text,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    path = write_config(pair_shards, evaluate={"every": 100, "batches": 2, "samples": 2, "bleu_sentences": 4})
+    path = write_config(pair_shards, evaluate={"every": 100, "batches": 2, "samples": 2, "sentences": 4})
     tree: dict[str, Any] = yaml.safe_load(path.read_text())
     tree["data"] |= {"train": None, "eval": None, "objective": "span_corruption", "fingerprint": True}
     tree["data"]["mixture"] = [

@@ -25,7 +25,7 @@ def test_translate_evaluate_report(
         pair_shards,
         train={"steps": 60},
         optimizer={"lr": 0.01},
-        evaluate={"every": 30, "bleu_sentences": 20, "samples": 3},
+        evaluate={"every": 30, "sentences": 20, "samples": 3},
         generate={"beam_size": 2, "max_len": 40},
     )
     done = launch(config, "--nproc", 2)

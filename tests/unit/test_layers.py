@@ -16,6 +16,7 @@ LAYERS = {
     "data": 2,
     "tracking": 2,
     "checkpoints": 2,
+    "scoring": 2,
     "parallel": 3,
     "engine": 4,
     "generate": 4,
@@ -26,7 +27,14 @@ LAYERS = {
     "__main__": 7,
 }
 # Who alone may import what, anywhere in a file.
-ONLY = {"deepspeed": {"engine"}, "wandb": {"tracking"}, "webdataset": {"data"}, "transformers": {"interop"}}
+ONLY = {
+    "deepspeed": {"engine"},
+    "wandb": {"tracking"},
+    "webdataset": {"data"},
+    "transformers": {"interop"},
+    "sacrebleu": {"scoring"},
+    "rapidfuzz": {"scoring"},
+}
 # What a layer may not import at all. `data` gets its rank as numbers; `model` knows no rank.
 NEVER = {
     "config": {"torch", "deepspeed", "numpy"},

@@ -29,6 +29,7 @@ from dist_transformer.checkpoints.folder import (
 )
 from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.config import build_config
+from dist_transformer.engine.average import MovingAverage
 from dist_transformer.engine.checkpoint import check_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import Saver, save_checkpoint
@@ -42,7 +43,7 @@ class Crash(BaseException):
     """Nothing that anybody catches."""
 
 
-def fake_engine(run_dir: Path, **checkpoint: Any) -> Engine:
+def fake_engine(run_dir: Path, ema_decay: float | None = None, **checkpoint: Any) -> Engine:
     mesh = SimpleNamespace(
         rank=0, world_size=1, is_rank_zero=True, dp_size=1, dp_rank=0, tp_size=1, tp_rank=0, device=torch.device("cpu")
     )  # fmt: skip
@@ -58,7 +59,12 @@ def fake_engine(run_dir: Path, **checkpoint: Any) -> Engine:
     )
     model = nn.Linear(24, 10)
     optimizer = torch.optim.AdamW(model.parameters())
-    return cast("Engine", SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer))
+    engine = cast(
+        "Engine", SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer, average=None)
+    )
+    if ema_decay is not None:
+        engine.average = MovingAverage(engine, ema_decay)
+    return engine
 
 
 def write_step(engine: Engine, step: int) -> TrainerState:
