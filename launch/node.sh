@@ -18,6 +18,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 launcher_name=${LAUNCHER:-node.sh} # launch/local.sh is this script on one node
+export DIST_TRANSFORMER_CLOCK="${SLURM_STEP_ID:+${DIST_TRANSFORMER_CLOCK:-}} node.sh=$EPOCHREALTIME"
 
 usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 refuse() { echo "$launcher_name: $*" >&2; exit 2; }
@@ -143,6 +144,7 @@ export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 # node's own count of failures, which differ; so ranks get a new store each time.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 status=0
+DIST_TRANSFORMER_CLOCK+=" torchrun=$EPOCHREALTIME"
 trap '' USR1 TERM # before the fork: between a fork and its first command, a signal would end the child
 (exec setsid "$python" -m torch.distributed.run \
   --nnodes "$NNODES" --nproc-per-node "$nproc" --max-restarts "$max_restarts" \

@@ -4,6 +4,7 @@
 # It needs MASTER_ADDR and MASTER_PORT; Slurm's variables say which rank this is. DIST_TRANSFORMER_LOGS: folder of the logs.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export DIST_TRANSFORMER_CLOCK="${DIST_TRANSFORMER_CLOCK:-} rank.sh=$EPOCHREALTIME"
 rank=${SLURM_PROCID:?rank.sh is started by srun, one task a rank}
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3)

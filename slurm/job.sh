@@ -3,11 +3,17 @@
 # Sourced by train.sbatch and train_srun.sbatch, which set `root` and `arguments`.
 
 say() { echo "$(basename "${SCRIPT_NAME:-job}"): $(date +%H:%M:%S) $*"; }
-job_field() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+ask_slurm() { job_line=$(scontrol -o show job "$SLURM_JOB_ID"); }
+job_field() { tr ' ' '\n' <<<"$job_line" | sed -n "s/^$1=//p" | head -n 1; }
+job_time() { date -d "$(job_field "$1")" +%s 2>/dev/null || true; } # in seconds since 1970; nothing where it is unlimited
 
 # Finds Python and the run directory, and checks the configuration: a mistake is one sentence, before any node starts.
 prepare_job() {
-  export DIST_TRANSFORMER_CLOCK="batch=$EPOCHREALTIME"
+  local began=$EPOCHREALTIME
+  ask_slurm
+  # When each part of the start began: see RUN_DIR/startup.jsonl.
+  export DIST_TRANSFORMER_CLOCK
+  DIST_TRANSFORMER_CLOCK="queue=$(job_time SubmitTime) prolog=$(job_time StartTime) batch_script=$began"
   python=${PYTHON:-$root/.venv/bin/python}
   [ -x "$python" ] || python=$(command -v python3)
   export PYTHON=$python
@@ -29,7 +35,7 @@ prepare_job() {
   export MASTER_ADDR
   # Not every Slurm tells the ranks when the job's time is up: whether a signal was the time limit's (see exits.jsonl).
   if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-    SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
+    SLURM_JOB_END_TIME=$(job_time EndTime)
     export SLURM_JOB_END_TIME
   fi
   say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, ${checkpoint:-no checkpoint yet}, run directory $run_dir"
@@ -68,6 +74,7 @@ stop() {
 end_job() {
   # A job that was cancelled stays so; one that reached its limit while it saved does not.
   local state reason preempted answer verdict why
+  ask_slurm
   state=$(job_field JobState)
   reason=$(job_field Reason)
   preempted=$(job_field PreemptTime)

@@ -12,6 +12,7 @@ from dist_transformer.launcher.slurm import has_slurm, job_fields, run_slurm
 from dist_transformer.tracking.exits import ATTEMPT_NAME, FINISHED, Exit, newest_step, read_exits
 from dist_transformer.tracking.heartbeats import Beat, read_beats
 from dist_transformer.tracking.metrics import read_metrics
+from dist_transformer.tracking.startup import describe_start, last_start
 from dist_transformer.tracking.switches import ask_to_stop
 
 JOBS_NAME = "jobs.json"
@@ -128,6 +129,8 @@ def describe_status(status: RunStatus) -> list[str]:
         restarts = f", restarted {job.restarts} times" if job.restarts else ""
         nodes = f" on {job.nodes}" if job.nodes not in ("", "(null)") else ""
         lines.append(f"  job {job.id:<8}{job.state or 'unknown: no Slurm here'}{reason}{nodes}{restarts}")
+    if start := last_start(status.run_dir):
+        lines.append(f"  last start  {describe_start(start)}")
     if status.is_alive:
         oldest = min(status.beats, key=lambda beat: beat.written)
         lines.append(

@@ -21,6 +21,7 @@ from dist_transformer.tracking.exits import (
     signal_reason,
 )
 from dist_transformer.tracking.heartbeats import clear_beats
+from dist_transformer.tracking.startup import StartClock, describe_start, record_start
 from dist_transformer.tracking.switches import SAVE_NAME, STOP_NAME, is_set, take_away
 from dist_transformer.train.faults import StopSignals
 from dist_transformer.train.hooks import Outlets
@@ -36,17 +37,27 @@ class Guard:
 
     Args:
         step: Updates done before.
+        clock: How long the start takes.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, outlets: Outlets, signals: StopSignals, step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        outlets: Outlets,
+        signals: StopSignals,
+        step: int,
+        clock: StartClock,
+    ) -> None:
         self.config, self.mesh, self.outlets, self.signals = config, mesh, outlets, signals
-        self.run_dir, self.step = Path(config.run.dir), step
+        self.run_dir, self.step, self.clock = Path(config.run.dir), step, clock
         self.early_stopped: str | None = None
         """Why the run is done before its last step; the loop says so."""
         self._switches_seen = 0.0
         self._stop_switch = False
 
     def __enter__(self) -> "Guard":
+        self.clock.begin("preflight")
         if self.mesh.is_rank_zero:
             take_away(self.run_dir, STOP_NAME)  # it was meant for an earlier start
             clear_beats(self.run_dir)
@@ -63,6 +74,7 @@ class Guard:
             if len({each.host for each in facts}) > 1:
                 for line in describe_facts(facts):
                     self.outlets.message(line)
+        self.clock.begin("model")
         return self
 
     def __exit__(
@@ -78,6 +90,7 @@ class Guard:
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins something that must not take longer than a step may."""
         self.watchdog.enter(phase, step)
+        self._time_start(phase)
 
     @contextmanager
     def side_work(self, account: str, step: int) -> Iterator[None]:
@@ -86,6 +99,7 @@ class Guard:
         if phase is None:
             yield
             return
+        self._time_start(phase)
         with self.watchdog.side_work(phase, step):
             yield
 
@@ -109,6 +123,18 @@ class Guard:
         if self.signals.received is not None:
             return self.signals.received
         return f"the file {STOP_NAME}" if self._stop_switch else "another rank or the dashboard"
+
+    def _time_start(self, phase: str) -> None:
+        if self.clock.is_over:
+            return
+        if self.clock.phase != "first step":
+            names = {"waiting for data": "first batch", "training": "first step"}
+            self.clock.begin(names.get(phase, "evaluation"))
+            return
+        seconds, cpu_seconds = self.clock.finish()
+        if self.mesh.is_rank_zero:
+            record_start(self.run_dir, self.step, seconds, cpu_seconds)
+            self.outlets.message(describe_start(seconds, cpu_seconds))
 
     def _look_at_switches(self) -> None:
         # A shared file system need not be asked more often.

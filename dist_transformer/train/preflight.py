@@ -105,11 +105,10 @@ def find_problems(everyone: Sequence[Facts]) -> dict[str, str]:
         elif facts.free_gib < _LEAST_FREE_GIB:
             problems[facts.host] = f"only {facts.free_gib:.2f} GiB are free for the run directory"
     for name in everyone[0].versions:
-        values = {facts.host: facts.versions[name] for facts in everyone}
-        usual, _ = Counter(values.values()).most_common(1)[0]
-        for host, value in values.items():
-            if value != usual:
-                problems.setdefault(host, f"{name} is {value}, elsewhere {usual}")
+        usual, _ = Counter(facts.versions[name] for facts in everyone).most_common(1)[0]
+        for facts in everyone:
+            if facts.versions[name] != usual:
+                problems.setdefault(facts.host, f"{name} is {facts.versions[name]}, elsewhere {usual}")
     clocks = sorted(facts.clock for facts in everyone)
     middle = clocks[len(clocks) // 2]
     for facts in everyone:

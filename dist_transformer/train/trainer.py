@@ -24,6 +24,7 @@ from dist_transformer.parallel.collectives import (
 from dist_transformer.parallel.mesh import Mesh, open_mesh
 from dist_transformer.tracking import Console, MetricsLog, build_sinks
 from dist_transformer.tracking.accounts import TimeAccounts
+from dist_transformer.tracking.startup import StartClock
 from dist_transformer.train.agreement import agree
 from dist_transformer.train.collective_clock import time_collectives
 from dist_transformer.train.faults import BadSteps, StopSignals
@@ -47,17 +48,20 @@ def train(config: Config) -> None:
     Raises:
         UserError: for everything that a person can mend, on every rank, before the first step where possible.
     """
-    signals, accounts = StopSignals(), TimeAccounts()
+    signals, accounts, clock = StopSignals(), TimeAccounts(), StartClock()
+    clock.begin("process group")
     with time_collectives(accounts), open_mesh(config.parallel.tp_degree) as mesh:
+        clock.begin("data")
         config, tokenizer = prepare_run(config, mesh)
         if config.data.workers:
             start_fork_server()  # it imports torch while the model is built
         checkpoint = find_checkpoint(config, mesh)
         start_step = read_trainer_state(checkpoint).step if checkpoint else 0
+        clock.begin("dashboard")
         outlets = _open_outlets(config, mesh, start_step)
         exit_code = 1
         try:
-            with Guard(config, mesh, outlets, signals, start_step) as guard:
+            with Guard(config, mesh, outlets, signals, start_step, clock) as guard:
                 Trainer(config, mesh, tokenizer, outlets, guard, checkpoint, accounts).run()
             exit_code = 0
         finally:

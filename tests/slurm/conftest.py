@@ -17,7 +17,7 @@ MODES = tuple(os.environ.get("SLURM_TEST_MODES", "loopback netns").split())
 ALL_MODES = pytest.mark.parametrize("cluster", MODES, indirect=True, scope="session")
 """For tests that run on both kinds of cluster; the others run where all nodes share one network."""
 COMPARED = ("train/loss", "train/grad_norm", "data/fingerprint", "trainer/tokens_seen")
-N_STEPS = 160
+N_STEPS = 100
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

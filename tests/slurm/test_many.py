@@ -8,9 +8,9 @@ import pytest
 from dist_transformer.tracking import read_metrics
 from dist_transformer.tracking.exits import read_exits
 from tests.slurm.conftest import n_steps
-from tests.tools.slurm import Cluster, Job
+from tests.tools.slurm import LIMIT_S, Cluster, Job
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(4 * LIMIT_S)
 
 
 def test_a_chain_goes_on_where_the_job_before_it_ended(

@@ -8,9 +8,9 @@ import pytest
 from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.tracking.exits import read_exits
 from tests.slurm.conftest import ALL_MODES, N_STEPS, figures, n_steps
-from tests.tools.slurm import Cluster, Job
+from tests.tools.slurm import LIMIT_S, Cluster, Job
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(4 * LIMIT_S)
 FINGERPRINT = 2
 """Place of `data/fingerprint` in what `figures` gives."""
 

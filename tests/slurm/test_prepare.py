@@ -10,12 +10,12 @@ from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.prepare import prepare_text
 from dist_transformer.data.train_tokenizer import train_tokenizer
 from tests.e2e.conftest import sentence
-from tests.tools.slurm import ROOT, Cluster, Job
+from tests.tools.slurm import LIMIT_S, ROOT, Cluster, Job
 
 N_TASKS = 3
 PREPARE_TEMPLATE = ROOT / "slurm" / "prepare_array.sbatch"
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(4 * LIMIT_S)
 
 
 def test_array_and_merge(cluster: Cluster, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 from dist_transformer.tracking.exits import read_exits
 from dist_transformer.tracking.heartbeats import read_beats
 from tests.slurm.conftest import N_STEPS, figures, n_steps
-from tests.tools.slurm import Cluster, Job
+from tests.tools.slurm import LIMIT_S, Cluster, Job
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(4 * LIMIT_S)
 
 
 def send_to_rank(run_dir: Path, rank: int, number: signal.Signals) -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from dist_transformer.tracking import read_metrics
 from tests.slurm.conftest import ALL_MODES, N_STEPS, figures, n_steps
-from tests.tools.slurm import ROOT, Cluster, Job
+from tests.tools.slurm import LIMIT_S, ROOT, Cluster, Job
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(4 * LIMIT_S)
 
 
 @pytest.mark.parametrize("template", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
