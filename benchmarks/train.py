@@ -6,7 +6,8 @@
 Each contestant is a process of its own, started in turn, `--repeats` times; medians are shown. Ours is the public
 command. Reported: real tokens of both sides per second, padding, useful operations per second (matrix products of
 real tokens, by one formula for everyone) and their share of what this machine's matrix products reach (measured
-before every start), the most memory that all processes held together, and seconds from the start to the end of the first step.
+before every start), the most memory that all processes held together, and seconds from the start to the end of the
+first step.
 `--ranks 1` is one process with `--cores` threads, `--ranks 2` two of half as many.
 """
 
@@ -22,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml
 
@@ -132,7 +133,7 @@ def our_config(setting: Setting, folder: Path) -> Path:
     return path
 
 
-def run_ours(setting: Setting, folder: Path) -> dict[str, float | list[int]]:
+def run_ours(setting: Setting, folder: Path) -> dict[str, float]:
     """The public command; figures from its metrics.jsonl."""
     command = [
         str(ROOT / "launch" / "local.sh"),
@@ -169,7 +170,7 @@ def run_ours(setting: Setting, folder: Path) -> dict[str, float | list[int]]:
     }
 
 
-def run_peer(name: str, setting: Setting, vocab_size: int) -> dict[str, float | list[int]]:
+def run_peer(name: str, setting: Setting, vocab_size: int) -> dict[str, float]:
     """benchmarks/peers.py; with several ranks, under torchrun."""
     arguments = ["-m", "benchmarks.peers", name, "--shards", str(setting.shards), "--shape", setting.shape]
     arguments += ["--steps", str(setting.steps), "--warm-up", str(setting.warm_up)]
@@ -237,15 +238,15 @@ def measure(name: str, setting: Setting, vocab_size: int) -> Figures:
     peak = gemm_gflops(setting.threads * setting.ranks)
     with tempfile.TemporaryDirectory() as folder:
         found = run_ours(setting, Path(folder)) if name == "ours" else run_peer(name, setting, vocab_size)
-    seconds = float(found["seconds"])
-    gflops = float(found["flops"]) / seconds / 1e9
+    seconds = found["seconds"]
+    gflops = found["flops"] / seconds / 1e9
     return Figures(
-        tokens_per_s=float(found["n_tokens"]) / seconds,
-        padding_pct=100 * (1 - float(found["n_tokens"]) / float(found["n_positions"])),
+        tokens_per_s=found["n_tokens"] / seconds,
+        padding_pct=100 * (1 - found["n_tokens"] / found["n_positions"]),
         gflops_per_s=gflops,
         peak_pct=100 * gflops / peak,
-        memory_mib=float(found["memory_mib"]),
-        first_step_s=float(found["first_step_s"]),
+        memory_mib=found["memory_mib"],
+        first_step_s=found["first_step_s"],
     )
 
 
