@@ -63,7 +63,9 @@ def test_counts() -> None:
     loss = linear_cross_entropy(hidden, weight, targets, ignore_id=0, chunk_rows=10)
     counts = targets != 0
     assert loss.n_tokens == counts.sum()
-    assert loss.n_correct == (((hidden @ weight.T).argmax(-1) == targets) & counts).sum()
+    is_correct = ((hidden @ weight.T).argmax(-1) == targets) & counts
+    assert torch.equal(loss.is_correct, is_correct)
+    assert loss.n_correct == is_correct.sum()
     assert not loss.cross_entropy.requires_grad and not loss.n_correct.requires_grad
 
 
