@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dist_transformer import __version__
 from dist_transformer.cli.checkpoint import add_checkpoint
 from dist_transformer.cli.data import add_data
+from dist_transformer.cli.interop import add_interop
 from dist_transformer.cli.jobs import add_jobs
 from dist_transformer.cli.parsing import Commands, Parser
 from dist_transformer.cli.prepare import add_prepare
@@ -55,5 +56,6 @@ def build_parser() -> Parser:
     add_runs(commands)
     add_track(commands)
     add_checkpoint(commands)
+    add_interop(commands)
     add_jobs(commands)
     return parser

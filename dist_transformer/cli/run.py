@@ -98,7 +98,8 @@ def _metrics(text: str) -> tuple[str, ...]:
     return names
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Options that say which of a run's weights are meant; `choice_of` reads them."""
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
@@ -114,7 +115,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
-    _add_weights(parser)
+    add_weights(parser)
     parser.add_argument(
         "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
     )
@@ -179,7 +180,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.output,
         _decoding(options),
         options.threads,
-        _choice(options),
+        choice_of(options),
     )
 
 
@@ -196,7 +197,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         _decoding(options),
         options.threads,
         Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources),
-        _choice(options),
+        choice_of(options),
     )
     if options.out is None:
         print(json.dumps(scores, ensure_ascii=False))
@@ -205,7 +206,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(table(scores))
 
 
-def _choice(options: argparse.Namespace) -> Any:
+def choice_of(options: argparse.Namespace) -> Any:
+    """The weights that `add_weights`'s options name: a `train.trained_run.Choice`."""
     from dist_transformer.train.trained_run import Choice
 
     return Choice(options.checkpoint, options.weights, options.average)

@@ -50,7 +50,8 @@ class TextTokenizer:
             content: The file's text.
             name: What errors call it.
         """
-        self._content = content
+        self.content = content
+        """The file's text."""
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         """Of the file's content."""
         self._tokenizer = _build(content, name)
@@ -143,7 +144,7 @@ class TextTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the `tokenizer.json`, byte for byte what was loaded or trained."""
-        Path(path).write_bytes(self._content.encode("utf-8"))
+        Path(path).write_bytes(self.content.encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without EOS. Special tokens written in the text are encoded as plain text."""

@@ -1,1 +1,1 @@
-"""Weights in other libraries' names."""
+"""Models in other libraries' formats: Hugging Face (both directions) and CTranslate2. See docs/interop.md."""

@@ -32,6 +32,7 @@ ONLY = {
     "wandb": {"tracking"},
     "webdataset": {"data"},
     "transformers": {"interop"},
+    "ctranslate2": {"interop"},
     "sacrebleu": {"scoring"},
     "rapidfuzz": {"scoring"},
 }

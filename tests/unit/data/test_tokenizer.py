@@ -100,7 +100,7 @@ def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="not UTF-8"):
         TextTokenizer.load(path)
-    described = json.loads(_SHARED["bpe"]._content)
+    described = json.loads(_SHARED["bpe"].content)
     for token, role in (("<pad>", "padding"), ("</s>", "end-of-sequence")):
         changed = json.dumps(described).replace(f'"{token}"', '"<other>"')
         path.write_text(changed)

@@ -12,7 +12,8 @@ from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditional
 
 from dist_transformer.data.batch import EOS_ID, PAD_ID
 from dist_transformer.generate.search import Hypothesis, _top_k, beam_search
-from dist_transformer.interop.huggingface import from_huggingface
+from dist_transformer.interop.families import choose_family
+from dist_transformer.interop.huggingface import to_huggingface
 from dist_transformer.model import EncoderDecoder
 from tests.unit.generate.trained import trained_model
 from tests.unit.model.small import PRESETS, VOCAB, small_config, small_model
@@ -249,15 +250,9 @@ def huggingface_twin(kind: str) -> tuple[torch.nn.Module, EncoderDecoder]:
             )
         )
     model = trained_model(kind)
-    names = [name for name, _ in model.named_parameters()]
-    family = "t5" if kind.startswith("t5") else "marian"
-    with torch.no_grad():
-        for ours, their in zip(
-            model.state_dict().values(),
-            from_huggingface(theirs.state_dict(), names, family).values(),
-            strict=True,
-        ):
-            their.copy_(ours)
+    weights = dict(to_huggingface(model.config, model.state_dict(), choose_family(model.config, None)))
+    found = theirs.load_state_dict(weights, strict=False)
+    assert not found.unexpected_keys
     return theirs.eval(), model
 
 
