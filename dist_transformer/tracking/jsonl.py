@@ -56,10 +56,12 @@ def decode(line: bytes) -> Row | None:
     return row
 
 
-def to_plain(value: Any) -> float | int | str | None:
+def to_plain(value: Any) -> float | int | str | list[list[str]] | None:
     """A value as JSON knows it: a tensor's element as a number, anything strange as text. Never raises."""
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, list):
+        return [[str(cell) for cell in row] for row in value if isinstance(row, list)]
     try:
         element = value.item()
     except Exception:

@@ -13,7 +13,8 @@ from dist_transformer.tracking.feed import Feed, Report, Sink
 from dist_transformer.tracking.jsonl import FILE_NAME, LineFile, Row, decode, encode, to_plain
 
 Event = Literal["train", "eval", "checkpoint", "alert"]
-Value = float | int | str
+Value = float | int | str | list[list[str]]
+"""A table of texts is decoded samples: source, output, reference."""
 
 _RESERVED = frozenset({"event", "step", "row", "time", "trainer/restarts"})
 

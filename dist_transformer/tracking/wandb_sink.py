@@ -28,6 +28,7 @@ _X_TOKENS = "trainer/tokens_seen"
 _AXES = {"train/*": _X_TOKENS, "eval/*": _X_TOKENS} | dict.fromkeys(
     ("perf/*", "memory/*", "time/*", "data/*", "health/*", "checkpoint/*"), X_STEP
 )
+_SAMPLE_COLUMNS = ["source", "output", "reference"]
 _NOT_LOGGED = frozenset({"event", "step", "row", "time"})
 
 # Rows that may be with the helper: it passes them on every second, or to a server every 15 s.
@@ -287,7 +288,7 @@ class WandbSink:
 
     def _log(self, values: Row, step: int) -> None:
         # commit: with a step of our own, wandb would otherwise hold the row back until the next one.
-        self._run.log(values, step=step, commit=True)
+        self._run.log(_with_tables(values), step=step, commit=True)
         self._recent.append((step, values))
         self._next_step = step + 1
 
@@ -324,7 +325,7 @@ class WandbSink:
         self._safe_until = first
         for step, values in list(self._recent):
             if step >= first:
-                self._run.log(values, step=step, commit=True)
+                self._run.log(_with_tables(values), step=step, commit=True)
 
     def _teardown(self) -> None:
         """Leave wandb's process-wide state behind, whatever state it is in."""
@@ -366,3 +367,13 @@ def _short(path: Path) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _with_tables(values: Row) -> Row:
+    """Rows of texts as W&B shows them; made anew each time, since a table belongs to one run."""
+    import wandb
+
+    return {
+        key: wandb.Table(columns=_SAMPLE_COLUMNS, data=value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }

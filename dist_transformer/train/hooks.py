@@ -14,6 +14,7 @@ from dist_transformer.engine.saving import SaveOutcome, Saver
 from dist_transformer.errors import CheckpointError
 from dist_transformer.model.flops import Work
 from dist_transformer.tracking import Console, MetricsLog
+from dist_transformer.tracking.metrics import Value
 from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
 from dist_transformer.train.selection import Selection
 
@@ -113,7 +114,11 @@ class EvaluateHook:
         if self.outlets.log is not None and self.outlets.console is not None:
             seconds = time.perf_counter() - start
             if found.metrics:
-                row: dict[str, float | str] = {**values, **found.signatures, "perf/eval_time_s": seconds}
+                texts = {
+                    f"samples/{name}": [[each.source, each.output, each.reference] for each in samples]
+                    for name, samples in found.samples.items()
+                }
+                row: dict[str, Value] = {**values, **found.signatures, **texts, "perf/eval_time_s": seconds}
                 self.outlets.log.log("eval", step, row)
                 self.outlets.console.evaluation(step, values)
             for name, samples in found.samples.items():

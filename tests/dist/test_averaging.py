@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_transformer.checkpoints.average import write_average
 from dist_transformer.checkpoints.folder import TrainerState
 from dist_transformer.checkpoints.reader import CheckpointReader, load_weights
-from dist_transformer.config import Config, build_config
+from dist_transformer.config import Config, Weights, build_config
 from dist_transformer.engine.checkpoint import load_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import save_checkpoint
@@ -123,12 +124,12 @@ def twin(world: Mesh, folder: str) -> Found:
 @pytest.fixture(scope="module")
 def everything(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Found, dict[str, Found], list[tuple[bool, float]], tuple[bool, bool, bool], list[Found]]:
+) -> tuple[Found, dict[str, Found], list[tuple[bool, float]], tuple[bool, bool, bool], list[Found], Path]:
     folder = str(tmp_path_factory.mktemp("averages"))
     unsharded = run_ranks(1, twin, folder)[0]
     ranks = run_ranks(2, on_ranks, folder, limit_s=240)
     found, resumed, later = ranks[0]
-    return unsharded, found, resumed, later, [rank[0][str(PLACES[2])] for rank in ranks]
+    return unsharded, found, resumed, later, [rank[0][str(PLACES[2])] for rank in ranks], Path(folder)
 
 
 @pytest.mark.parametrize("place", PLACES[:4], ids=map(str, PLACES[:4]))
@@ -154,6 +155,21 @@ def test_it_goes_on_in_another_layout(index: int, everything: tuple) -> None:  #
     is_same, difference = everything[2][index]
     assert is_same
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize("which", ["current", "ema"])
+def test_checkpoints_of_different_layouts_have_a_mean(
+    which: Weights,
+    everything: tuple,
+    tmp_path: Path,  # type: ignore[type-arg]
+) -> None:
+    checkpoints = [everything[5] / str(place) / "checkpoints" / f"step-{N_STEPS:08d}" for place in PLACES]
+    out = write_average(checkpoints, tmp_path / "mean", which)
+    whole = [load_weights(path, which) for path in checkpoints]
+    expected = {name: sum(each[name].double() for each in whole) / len(whole) for name in whole[0]}
+    found = load_weights(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value.float()) for name, value in expected.items())
 
 
 def test_it_may_be_switched_on_and_off(everything: tuple) -> None:  # type: ignore[type-arg]

@@ -40,6 +40,22 @@ def start(run_dir: Path, first: int, last: int, pause: float = 0.0) -> "subproce
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def test_samples_are_a_table(tmp_path: Path) -> None:
+    samples = [["A dog.", "Ein Hund.", "Ein Hund."], ["two\nlines", "", "zwei"]]
+    log = MetricsLog(tmp_path, build_sinks(OFFLINE, tmp_path, {}))
+    log.log("eval", 10, {"eval/news/loss": 2.0, "samples/news": samples})
+    log.log("eval", 20, {"eval/news/loss": 1.0, "samples/news": samples[:1]})
+    assert log.close()
+    rows = [row for path in wandb_files(tmp_path) for row in history(path)]
+    assert [row["eval/news/loss"] for row in rows] == [2.0, 1.0]
+    assert [row["samples/news._type"] for row in rows] == ["table-file"] * 2
+    assert [row["samples/news.nrows"] for row in rows] == [2, 1]
+    [first, _] = sorted((tmp_path / "wandb").rglob("*.table.json"), key=lambda path: -path.stat().st_size)
+    content = json.loads(first.read_text())
+    assert content == {"columns": ["source", "output", "reference"], "data": samples}
+    assert read_metrics(tmp_path)[0]["samples/news"] == samples
+
+
 def test_every_row_is_read_back_with_its_axes_and_configuration(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
