@@ -1,5 +1,6 @@
 """slurm/train.sbatch on a real cluster: it trains on two nodes, and a job that is told to stop goes on by itself."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_two_nodes_train_to_the_end(whole: tuple[Job, Path]) -> None:
     assert fields["NodeList"] == "node[1-2]"
     assert fields["Restarts"] == "0"
     assert "2 rank(s) on cpu" in output
-    assert f"finished: step-{N_STEPS:08d} of {N_STEPS} steps" in output
+    assert f"finished: step-{N_STEPS:08d}, all steps are done" in output
     assert sorted(figures(run_dir)) == list(range(1, N_STEPS + 1))
     logs = run_dir / "logs" / f"job-{job.id}.0"
     assert sorted(path.name for path in logs.iterdir()) == ["node-0", "node-1"]
@@ -108,3 +109,25 @@ def test_a_mistake_is_one_sentence_and_no_node_starts(cluster: Cluster, config: 
     assert "train.stepps" in job.output()
     assert "Traceback" not in job.output()
     assert "node.sh" not in job.output()
+
+
+def test_the_run_is_scored(
+    cluster: Cluster, whole: tuple[Job, Path], pair_files: Path, tmp_path: Path
+) -> None:
+    files = {}
+    for name in ("source", "target"):
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text(
+            "".join((pair_files / f"{name}.txt").read_text().splitlines(keepends=True)[:20])
+        )
+    job = cluster.sbatch(
+        tmp_path / "job.log", "evaluate.sbatch", whole[1], "--source", files["source"], "--reference",
+        files["target"], "--beam-size", "1", "--output", tmp_path / "decoded.txt", options=("--cpus-per-task=1",),
+    )  # fmt: skip
+    job.finish()
+    first, *_, last = job.output().splitlines()
+    assert f"evaluate.sbatch: {first.split()[1]} job {job.id} on node" in first
+    scores = json.loads(last)
+    assert scores["sentences"] == 20
+    assert scores["loss"] < 2
+    assert len((tmp_path / "decoded.txt").read_text().splitlines()) == 20
