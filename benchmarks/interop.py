@@ -67,6 +67,7 @@ def compare(run: TrainedRun, run_dir: Path, lines: list[str], folder: Path) -> d
         [tokenizer.convert_ids_to_tokens(source) for source in sources],
         beam_size=1,
         max_decoding_length=_max_len(run),
+        min_decoding_length=0,
     )
     greedy_ids = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in greedy]
     return {

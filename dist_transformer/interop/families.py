@@ -77,8 +77,9 @@ class Family:
             values = getattr(encoder, name), getattr(decoder, name)
             if values[0] != values[1]:
                 yield f"encoder and decoder differ in {name} ({values[0]} and {values[1]})"
-        if self.name != "t5" and encoder.head_dim * encoder.n_heads != encoder.d_model:
-            yield f"its heads are {encoder.head_dim} wide, not d_model / n_heads"
+        for stack in (encoder, decoder):
+            if self.name != "t5" and stack.head_dim * stack.n_heads != stack.d_model:
+                yield f"heads of its {stack.side} are {stack.head_dim} wide, not d_model / n_heads"
 
 
 def _shown(value: object) -> str:

@@ -19,6 +19,7 @@ from dist_transformer.interop.folders import load_package
 from dist_transformer.interop.names import match_names
 from dist_transformer.interop.tokenizer import save_for_huggingface
 from dist_transformer.model import build_model
+from dist_transformer.model.positions import sinusoid_table
 
 # BART's and mBART's tables of positions begin with two rows that nothing reads.
 _POSITION_OFFSET = 2
@@ -104,6 +105,11 @@ def to_huggingface(
         if name.endswith(_POSITIONS):
             value = torch.cat([torch.zeros(_POSITION_OFFSET, value.shape[1]), value])
         yield names[name], value
+    if model.positions == "sinusoidal":
+        # Pegasus counts its fixed table among the weights.
+        table = sinusoid_table(model.max_positions, model.stack("encoder").d_model, torch.device("cpu"))
+        for side in ("encoder", "decoder"):
+            yield f"model.{side}.embed_positions.weight", table
     shared, source, target, output = family.embeddings
     matrix = weights["source_embedding.weight"]
     if model.tie_embeddings != "none":

@@ -1,8 +1,8 @@
 """Parameter names here and in Hugging Face's classes: one table a family, read in both directions.
 
-A row is (our module, their module). `{side}` is encoder or decoder, `{i}` the layer, `{x}` one of q, k, v, `{last}` T5's
-number of the last sublayer. Matrices over the vocabulary are not in the tables: which of those are one is decided by
-`tie_embeddings`, see `Family`.
+A row is (our module, their module). `{side}` is encoder or decoder, `{i}` the layer, `{x}` one of q, k, v; `{last}` is
+T5's number of the last sublayer. Matrices over the vocabulary are not in the tables: `tie_embeddings` decides which of
+those are one, see `Family`.
 """
 
 from collections.abc import Iterable, Iterator
