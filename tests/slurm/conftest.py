@@ -48,7 +48,7 @@ def config(pair_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {
             "train": str(pair_shards), "eval": str(pair_shards), "objective": "pairs", "fingerprint": True,
-            "max_source_len": 64, "max_target_len": 64, "window": 64,
+            "max_source_len": 64, "max_target_len": 64, "window": 64, "workers": 0,
         },
         "train": {"steps": N_STEPS, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "optimizer": {"lr": 0.005, "warmup_steps": 10},

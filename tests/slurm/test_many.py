@@ -21,7 +21,7 @@ def test_a_chain_goes_on_where_the_job_before_it_ended(
     # Without --requeue, a job that is told to stop ends, and the next one is its restart.
     done = cluster.cli(
         "submit", config, f"run.dir={run_dir}", "train.steps=100000", "--nodes", "2", "--ranks-per-node", "1",
-        "--chain", "3", "--sbatch", "no-requeue",
+        "--chain", "3", "--sbatch", "no-requeue", "--launcher", "srun",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ids = done.stdout.splitlines()[0].removeprefix("job ").split()
@@ -53,7 +53,7 @@ def test_a_chain_goes_on_where_the_job_before_it_ended(
 def test_seeds_are_runs_of_their_own(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     done = cluster.cli(
         "submit", config, f"run.dir={tmp_path / 'run'}", "train.steps=8", "--nodes", "1", "--ranks-per-node", "1",
-        "--seeds", "4,7",
+        "--seeds", "4,7", "--launcher", "srun",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = []

@@ -55,9 +55,11 @@ class Cluster:
         said = self.must("sbatch", "--parsable", f"--output={log}", *options, script, *arguments)
         return Job(self, said.strip(), log)
 
-    def submit(self, run_dir: Path, *arguments: str | Path, nodes: str = "2") -> "Job":
-        """`dist-transformer submit ARGUMENTS`, a rank on each node."""
-        done = self.cli("submit", *arguments, f"run.dir={run_dir}", "--nodes", nodes, "--ranks-per-node", "1")
+    def submit(self, run_dir: Path, *arguments: str | Path, nodes: str = "2", ranks: int = 1) -> "Job":
+        """`dist-transformer submit ARGUMENTS`; `ranks` on each node."""
+        done = self.cli(
+            "submit", *arguments, f"run.dir={run_dir}", "--nodes", nodes, "--ranks-per-node", str(ranks)
+        )
         assert done.returncode == 0, done.stderr
         job = done.stdout.splitlines()[0].removeprefix("job ").split()[0]
         return Job(self, job, run_dir / f"slurm-{job}.log")
