@@ -76,6 +76,29 @@ class MultiHeadAttention(nn.Module):
         out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 
+    def attend_few(
+        self, q_BHTK: Tensor, keys_values: tuple[Tensor, Tensor], scores_bias: Tensor | None
+    ) -> Tensor:
+        """As `forward`, for the few queries of a decoding step and without dropout; returns [B, T, D].
+
+        Two batched products: fused kernels cut long queries into blocks, and for a handful of queries a source
+        take up to twice the time. The query heads of a group are further queries of its keys, which are not copied.
+
+        Args:
+            scores_bias: broadcastable to [B, H, T, S], added to the scores.
+        """
+        k_BGSK, v_BGSK = keys_values
+        n_rows, n_heads, n_queries, head_dim = q_BHTK.shape
+        n_keys = k_BGSK.shape[2]
+        q_XTK = (q_BHTK * self.scale).reshape(n_rows * k_BGSK.shape[1], -1, head_dim)
+        scores_XTS = torch.bmm(q_XTK, k_BGSK.flatten(0, 1).transpose(1, 2))
+        if scores_bias is not None:
+            scores_XTS.view(n_rows, n_heads, n_queries, n_keys).add_(scores_bias)
+        heads_XTK = torch.bmm(scores_XTS.softmax(dim=-1), v_BGSK.flatten(0, 1))
+        heads_BHTK = heads_XTK.view(n_rows, n_heads, n_queries, head_dim)
+        out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
+        return out_BTD
+
     def _queries(self, q_BTQ: Tensor, rotation: Rotation | None) -> Tensor:
         q_BHTK = self._split_heads(q_BTQ)
         if self.q_norm is not None:

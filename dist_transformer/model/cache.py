@@ -1,95 +1,153 @@
-"""Keys and values that decoding keeps, so that each new token costs one position and not all of them."""
+"""Keys and values that decoding keeps, so that each new token costs one position and not all of them.
 
-import math
+Shape legend, over the model's: B sources, N hypotheses of each, Q new tokens of all its hypotheses (N of one token, or
+of T each: hypothesis after hypothesis), S slots, G key-value heads.
+"""
 
 import torch
 from torch import Tensor
 
+_DEAD = float("-inf")
+_ROOM = 32
+
 
 class LayerCache:
-    """One decoder layer's keys and values: of the target so far, and of the memory.
+    """One decoder layer's keys and values: of the target so far, and of the memory. All [B, G, S, K]."""
 
-    Target positions come first in memory (`[T, B, H, K]`): the part in use is one block, so that adding a
-    position and reordering rows copy whole runs and touch nothing else.
-    """
-
-    def __init__(self, cross: tuple[Tensor, Tensor], max_len: int) -> None:
-        self.cross = cross
-        self.max_len, self.length = max_len, 0
+    def __init__(self, cross: tuple[Tensor, Tensor]) -> None:
+        keys, values = cross
+        self.cross = keys.contiguous(), values.contiguous()
+        self.n_slots = 0
         self._stored: list[Tensor] = []
-        """Keys and values [max_len, B, H, K], once there are any."""
+        """Keys and values with room behind the slots in use, once there are any."""
 
-    def append(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions; returns keys and values of all positions so far, [B, H, T, K] each."""
-        n_rows, n_heads, n_new, head_dim = k_BHTK.shape
+    def append(self, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new slots; returns keys and values of all slots so far."""
         if not self._stored:
-            shape = (self.max_len, n_rows, n_heads, head_dim)
-            self._stored = [k_BHTK.new_empty(shape), v_BHTK.new_empty(shape)]
-        end = self.length + n_new
-        for stored_TBHK, new_BHTK in zip(self._stored, (k_BHTK, v_BHTK), strict=True):
-            stored_TBHK[self.length : end] = new_BHTK.permute(2, 0, 1, 3)
-        self.length = end
-        keys_TBHK, values_TBHK = (stored_TBHK[:end] for stored_TBHK in self._stored)
-        return keys_TBHK.permute(1, 2, 0, 3), values_TBHK.permute(1, 2, 0, 3)
+            self._stored = [new[:, :, :0] for new in (k_BGQK, v_BGQK)]
+        end = self.n_slots + k_BGQK.shape[2]
+        if end > self._stored[0].shape[2]:
+            self._stored = [_with_room(stored[:, :, : self.n_slots], end) for stored in self._stored]
+        for stored, new in zip(self._stored, (k_BGQK, v_BGQK), strict=True):
+            stored[:, :, self.n_slots : end] = new
+        self.n_slots = end
+        keys, values = (stored[:, :, :end] for stored in self._stored)
+        return keys, values
 
-    def select(self, rows: Tensor, spare: list[Tensor]) -> None:
-        """Keep these rows of the target's keys and values, in this order.
-
-        Args:
-            spare: at most one buffer that may be overwritten. The rows are copied there, and what they were
-                copied from becomes the spare: all layers together need one buffer more, and no new ones.
-        """
-        for i, stored_TBHK in enumerate(self._stored):
-            shape = (self.max_len, len(rows), *stored_TBHK.shape[2:])
-            n_values = math.prod(shape)
-            buffer = spare.pop() if spare else None
-            if buffer is None or buffer.numel() < n_values:
-                buffer = stored_TBHK.new_empty(n_values)
-            selected_TBHK = buffer.view(-1)[:n_values].view(shape)
-            torch.index_select(stored_TBHK[: self.length], 1, rows, out=selected_TBHK[: self.length])
-            spare.append(stored_TBHK)
-            self._stored[i] = selected_TBHK
-
-    def select_sources(self, sources: Tensor) -> None:
-        """Keep these rows of the memory's keys and values."""
-        keys, values = self.cross
-        self.cross = keys[sources], values[sources]
+    def select(self, sources: Tensor | None, slots_BS: Tensor) -> None:
+        """Keep these sources (None: all), and of each these slots, in this order."""
+        if sources is not None:
+            keys, values = self.cross
+            self.cross = keys[sources], values[sources]
+        n_slots = slots_BS.shape[1]
+        for i, stored in enumerate(self._stored):
+            n_before, n_heads, room, head_dim = stored.shape
+            source_B = torch.arange(n_before, device=stored.device) if sources is None else sources
+            head_BG = source_B[:, None] * n_heads + torch.arange(n_heads, device=stored.device)
+            rows = (head_BG[:, :, None] * room + slots_BS[:, None, :]).flatten()
+            # Whole heads' vectors are copied, many times as fast as gathering element by element.
+            kept = stored.view(-1, head_dim).index_select(0, rows)
+            self._stored[i] = _with_room(kept.view(-1, n_heads, n_slots, head_dim), n_slots)
+        self.n_slots = n_slots
 
 
 class KeyValueCache:
-    """All layers' keys and values, and which memory positions may be attended to. Used without gradients.
+    """All layers' keys and values, and who may attend to which of them. Used without gradients.
 
-    Rows are hypotheses: `n_hypotheses` neighbours of each source, 1 at first. The memory's keys and values
-    are kept once a source, whatever the number of hypotheses: see `DecoderLayer`.
+    The hypotheses of a source are the leaves of a tree: they share the beginning of their outputs. Each token of
+    the tree has one slot, whatever the number of hypotheses that descend from it, and a mask says which slots a
+    hypothesis sees. When a beam is reordered only that mask is; keys and values move when dead branches are
+    cleared away, which most become within a few steps. All tokens that a step adds to a source are queries of one
+    attention, to the memory too: neither are its keys copied for each hypothesis nor read once for each.
     """
 
-    def __init__(self, cross: list[tuple[Tensor, Tensor]], is_memory_BS: Tensor, max_len: int) -> None:
-        self.layers = [LayerCache(keys_values, max_len) for keys_values in cross]
-        # Without padding, attention needs no mask and takes its fastest path.
-        self.cross_mask = None if bool(is_memory_BS.all()) else is_memory_BS[:, None, None, :]
-        self.n_sources, self.n_hypotheses = is_memory_BS.shape[0], 1
-        self.device = is_memory_BS.device
-        self.max_len = max_len
-        self.length = 0
-        self._spare: list[Tensor] = []
+    def __init__(self, cross: list[tuple[Tensor, Tensor]], is_memory_BS: Tensor) -> None:
+        self.layers = [LayerCache(keys_values) for keys_values in cross]
+        keys = cross[0][0]
+        self.device, self.dtype = keys.device, keys.dtype
+        # Added to scores. Without padding, none is needed.
+        self.cross_bias: Tensor | None = None
+        if not bool(is_memory_BS.all()):
+            bias_BS = torch.zeros(is_memory_BS.shape, dtype=self.dtype, device=self.device)
+            self.cross_bias = bias_BS.masked_fill_(~is_memory_BS, _DEAD)[:, None, None, :]
+        self.n_sources, self.n_hypotheses, self.length = is_memory_BS.shape[0], 1, 0
+        self._sees_BNS: Tensor | None = None
+        """0 where a hypothesis sees a slot, -inf elsewhere; None while there is one hypothesis, which sees all."""
+        self._positions_BS = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
+        """Each slot's position in the target; one row for all sources while they are alike."""
+        self._n_slots_wanted = _ROOM
 
-    def select(self, rows: Tensor, sources: Tensor | None = None) -> None:
-        """Keep and reorder rows (int64 indices), `n_hypotheses` for each source that stays.
+    def extend(self, n_new: int) -> tuple[Tensor | None, Tensor]:
+        """Slots for `n_new` further tokens of each hypothesis, whose keys and values every layer then appends.
 
-        Args:
-            sources: the sources that stay, in their new order; None: all, where they are, as when the
-                hypotheses of a beam are reordered: the memory's keys and values then need no copy.
+        Returns:
+            What is added to the scores [B, 1, Q, S] (None: nothing), and the slots' positions [B or 1, S].
         """
-        for layer in self.layers:
-            layer.select(rows, self._spare)
-            if sources is not None:
-                layer.select_sources(sources)
-        if sources is not None:
-            self.n_sources = len(sources)
-            self.cross_mask = None if self.cross_mask is None else self.cross_mask[sources]
+        new_T = torch.arange(self.length, self.length + n_new, device=self.device)
+        new_positions = new_T.repeat(self.n_hypotheses).expand(self._positions_BS.shape[0], -1)
+        n_before = self._positions_BS.shape[1]
+        self._positions_BS = torch.cat([self._positions_BS, new_positions], dim=1)
+        self.length += n_new
+        if self._sees_BNS is None and n_new == 1:
+            return None, self._positions_BS
+        old_BNS = self._sees_BNS
+        if old_BNS is None:
+            old_BNS = torch.zeros(self.n_sources, 1, n_before, dtype=self.dtype, device=self.device)
+        hypothesis_Q = torch.arange(self.n_hypotheses, device=self.device).repeat_interleave(n_new)
+        time_Q = new_T.repeat(self.n_hypotheses)
+        sees_QQ = (hypothesis_Q[:, None] == hypothesis_Q) & (time_Q[:, None] >= time_Q)
+        new_QQ = torch.zeros_like(sees_QQ, dtype=self.dtype).masked_fill_(~sees_QQ, _DEAD)
+        bias_BQS = torch.cat(
+            [old_BNS.repeat_interleave(n_new, dim=1), new_QQ.expand(self.n_sources, -1, -1)], dim=2
+        )
+        if self._sees_BNS is not None:
+            self._sees_BNS = bias_BQS[:, n_new - 1 :: n_new]
+        return bias_BQS[:, None], self._positions_BS
 
-    def repeat(self, n: int) -> None:
-        """Every row n times, next to each other: from sources to hypotheses."""
-        n_rows = self.n_sources * self.n_hypotheses
-        self.select(torch.arange(n_rows, device=self.device).repeat_interleave(n))
-        self.n_hypotheses *= n
+    def branch(self, parents_BN: Tensor) -> None:
+        """The hypotheses that go on: for each the one (int64) that it extends, or is."""
+        n_next = parents_BN.shape[1]
+        n_slots = self._positions_BS.shape[1]
+        if self._sees_BNS is None and n_next == 1:
+            return
+        if self._sees_BNS is None:
+            self._sees_BNS = torch.zeros(self.n_sources, n_next, n_slots, dtype=self.dtype, device=self.device)
+        else:
+            self._sees_BNS = self._sees_BNS.gather(1, parents_BN[:, :, None].expand(-1, -1, n_slots))
+        self.n_hypotheses = n_next
+        if n_slots > self._n_slots_wanted:
+            self._clear(None)
+
+    def keep(self, sources: Tensor) -> None:
+        """Go on with these sources (int64 indices) only, in this order."""
+        self._clear(sources)
+        self.n_sources = len(sources)
+        if self.cross_bias is not None:
+            self.cross_bias = self.cross_bias[sources]
+
+    def _clear(self, sources: Tensor | None) -> None:
+        """Move what is seen together."""
+        n_kept = self.n_sources if sources is None else len(sources)
+        n_slots = self._positions_BS.shape[1]
+        slots_BS = torch.arange(n_slots, device=self.device).expand(n_kept, -1)
+        if self._sees_BNS is not None:
+            sees_BNS = self._sees_BNS if sources is None else self._sees_BNS[sources]
+            is_live_BS = (sees_BNS == 0).any(dim=1)
+            n_live = int(is_live_BS.sum(dim=1).max()) if n_slots else 0
+            # Of sources with fewer, dead slots fill the rest: nobody sees them.
+            slots_BS = is_live_BS.logical_not().long().argsort(dim=1, stable=True)[:, :n_live]
+            self._sees_BNS = sees_BNS.gather(2, slots_BS[:, None].expand(-1, self.n_hypotheses, -1))
+            positions_BS = self._positions_BS.expand(self.n_sources, -1)
+            positions_BS = positions_BS if sources is None else positions_BS[sources]
+            self._positions_BS = positions_BS.gather(1, slots_BS)
+            self._n_slots_wanted = n_live + max(_ROOM, n_live // 2)
+        for layer in self.layers:
+            layer.select(sources, slots_BS)
+
+
+def _with_room(x_BGSK: Tensor, n_slots: int) -> Tensor:
+    """The same with room for `n_slots` and more."""
+    n_rows, n_heads, n_used, head_dim = x_BGSK.shape
+    grown = x_BGSK.new_empty(n_rows, n_heads, n_slots + max(_ROOM, n_slots // 2), head_dim)
+    grown[:, :, :n_used] = x_BGSK
+    return grown

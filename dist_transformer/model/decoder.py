@@ -1,5 +1,7 @@
 """The decoder: masked self-attention, attention to the encoder, feed-forward (the paper, figure 1, right)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,37 +27,51 @@ class DecoderLayer(nn.Module):
         self.feed_forward_residual = AddNorm(model, stack)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        memory_BSD: Tensor | None,
-        self_mask: Tensor | None,
-        cross_mask: Tensor | None,
-        rotation: Rotation | None,
-        cache: LayerCache | None = None,
+        self, x_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor, cross_mask: Tensor, rotation: Rotation | None
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]. With a cache, T new positions are appended to it and `memory_BSD` is not read."""
+        """[B, T, D] to [B, T, D]: all target positions at once."""
 
         def attend_to_target(y_BTD: Tensor) -> Tensor:
             q_BHTK, keys_values = self.self_attention.project_self(y_BTD, rotation)
-            if cache is not None:
-                keys_values = cache.append(*keys_values)
             out_BTD: Tensor = self.self_attention(q_BHTK, keys_values, self_mask)
             return out_BTD
 
         def attend_to_source(y_BTD: Tensor) -> Tensor:
-            if cache is not None:
-                # A source's hypotheses are its queries: cross-attention knows no order among queries, and so
-                # neither are the keys and values copied for each hypothesis nor read once for each.
-                y_BTD = y_BTD.reshape(cache.cross[0].shape[0], -1, y_BTD.shape[-1])
-                keys_values = cache.cross
-            else:
-                assert memory_BSD is not None
-                keys_values = self.cross_attention.keys_values(memory_BSD)
+            keys_values = self.cross_attention.keys_values(memory_BSD)
             out_BTD: Tensor = self.cross_attention(
                 self.cross_attention.queries(y_BTD), keys_values, cross_mask
             )
-            return out_BTD.view_as(x_BTD)
+            return out_BTD
 
+        return self._residual(x_BTD, attend_to_target, attend_to_source)
+
+    def step(
+        self,
+        x_BQD: Tensor,
+        cache: LayerCache,
+        self_bias: Tensor | None,
+        cross_bias: Tensor | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        """[B, Q, D] to [B, Q, D]: new target positions, which are appended to the cache."""
+
+        def attend_to_target(y_BQD: Tensor) -> Tensor:
+            q_BHQK, keys_values = self.self_attention.project_self(y_BQD, rotation)
+            return self.self_attention.attend_few(q_BHQK, cache.append(*keys_values), self_bias)
+
+        def attend_to_source(y_BQD: Tensor) -> Tensor:
+            return self.cross_attention.attend_few(
+                self.cross_attention.queries(y_BQD), cache.cross, cross_bias
+            )
+
+        return self._residual(x_BQD, attend_to_target, attend_to_source)
+
+    def _residual(
+        self,
+        x_BTD: Tensor,
+        attend_to_target: Callable[[Tensor], Tensor],
+        attend_to_source: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         x_BTD = self.self_attention_residual(x_BTD, attend_to_target)
         x_BTD = self.cross_attention_residual(x_BTD, attend_to_source)
         out_BTD: Tensor = self.feed_forward_residual(x_BTD, self.feed_forward)
@@ -102,27 +118,36 @@ class Decoder(nn.Module):
             x_BTD = layer(x_BTD, memory_BSD, self_mask, cross_mask, rotation)
         return self._finish(x_BTD)
 
-    def start(self, memory_BSD: Tensor, memory_segment_ids_BS: Tensor, max_len: int) -> KeyValueCache:
-        """A cache for decoding up to `max_len` positions: cross-attention's keys and values are computed here, once."""
+    def start(self, memory_BSD: Tensor, memory_segment_ids_BS: Tensor) -> KeyValueCache:
+        """A cache for decoding: cross-attention's keys and values are computed here, once."""
         memory_BSD = self.memory_input(memory_BSD)
         cross = [layer.cross_attention.keys_values(memory_BSD) for layer in self.layers]  # type: ignore[union-attr, operator]
-        return KeyValueCache(cross, memory_segment_ids_BS != 0, max_len)
+        return KeyValueCache(cross, memory_segment_ids_BS != 0)
 
-    def step(self, x_BTD: Tensor, cache: KeyValueCache) -> Tensor:
-        """The next T positions of every row, given all before them in the cache; hidden states [B, T, D]."""
-        start, length = cache.length, x_BTD.shape[1]
-        keys = torch.arange(start + length, device=x_BTD.device)
-        queries = keys[start:]
-        bias = None if self.relative_bias is None else self.relative_bias(queries, keys)
-        self_mask = bias  # a single new position sees all
-        if length > 1:
-            self_mask = scores_mask((keys[None, :] <= queries[:, None])[None, None], bias)
-        rotation = self._rotation(queries[None, :], start + length)
-        x_BTD = self.input(x_BTD, queries.expand(x_BTD.shape[0], -1), start + length)
+    def step(self, x_RTD: Tensor, cache: KeyValueCache) -> Tensor:
+        """The next T positions of every hypothesis, given all before them in the cache; hidden states [R, T, D].
+
+        Args:
+            x_RTD: R = B x N rows: a source's hypotheses are neighbours.
+        """
+        n_rows, n_new, d_model = x_RTD.shape
+        start, n_sources = cache.length, cache.n_sources
+        bias, slot_positions_BS = cache.extend(n_new)
+        new_T = torch.arange(start, start + n_new, device=x_RTD.device)
+        if self.relative_bias is not None:
+            positions = torch.arange(start + n_new, device=x_RTD.device)
+            bias_HTL = self.relative_bias(new_T, positions)[0]
+            bias_BHTS = bias_HTL[:, :, slot_positions_BS].permute(2, 0, 1, 3)
+            if n_new > 1:
+                bias_BHTS = bias_BHTS.repeat(1, 1, cache.n_hypotheses, 1)
+            bias = bias_BHTS if bias is None else bias + bias_BHTS
+        positions_1Q = new_T.repeat(n_rows // n_sources)[None]
+        rotation = self._rotation(positions_1Q, start + n_new)
+        x_BQD = x_RTD.reshape(n_sources, -1, d_model)
+        x_BQD = self.input(x_BQD, positions_1Q.expand(n_sources, -1), start + n_new)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD = layer(x_BTD, None, self_mask, cache.cross_mask, rotation, layer_cache)
-        cache.length += length
-        return self._finish(x_BTD)
+            x_BQD = layer.step(x_BQD, layer_cache, bias, cache.cross_bias, rotation)  # type: ignore[union-attr, operator]
+        return self._finish(x_BQD).view(n_rows, n_new, -1)
 
     def _rotation(self, positions_BT: Tensor, length: int) -> Rotation | None:
         if self.config.positions != "rotary":

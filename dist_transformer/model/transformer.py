@@ -93,16 +93,16 @@ class EncoderDecoder(nn.Module):
         """Hidden states to scores over the vocabulary [B, T, V]."""
         return F.linear(hidden_BTD, self.output_weight)
 
-    def start(self, tokens_BS: Tensor, max_len: int) -> KeyValueCache:
-        """Encode padded sources [B, S] (0 is padding), one to a row, and prepare for decoding `max_len` tokens."""
+    def start(self, tokens_BS: Tensor) -> KeyValueCache:
+        """Encode padded sources [B, S] (0 is padding), one to a row, and prepare for decoding."""
         segment_ids_BS = (tokens_BS != 0).int()
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         memory_BSD = self.encode(tokens_BS, segment_ids_BS, positions_BS)
-        return self.decoder.start(memory_BSD, segment_ids_BS, max_len)
+        return self.decoder.start(memory_BSD, segment_ids_BS)
 
-    def step(self, tokens_BT: Tensor, cache: KeyValueCache) -> Tensor:
-        """The next T target tokens of every row to the scores [B, T, V] of what follows each."""
-        return self.logits(self.decoder.step(self.embed_target(tokens_BT), cache))
+    def step(self, tokens_RT: Tensor, cache: KeyValueCache) -> Tensor:
+        """The next T target tokens of every hypothesis to the scores [R, T, V] of what follows each."""
+        return self.logits(self.decoder.step(self.embed_target(tokens_RT), cache))
 
 
 def build_model(config: ModelConfig) -> EncoderDecoder:

@@ -41,7 +41,7 @@ def test_equals_recomputation(kind: str) -> None:
     expected = recompute(model, source, tokens)
     assert expected.std() > 0.1
     for steps in ([1] * N_TARGET, [N_TARGET], [4, 1, 3, 1]):
-        cache = model.start(source, N_TARGET)
+        cache = model.start(source)
         parts = [model.step(part, cache) for part in tokens.split(steps, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-10, atol=1e-10)
         assert cache.length == N_TARGET
@@ -51,7 +51,7 @@ def test_equals_recomputation(kind: str) -> None:
 @torch.no_grad()
 def test_equals_recomputation_in_fp32(kind: str) -> None:
     model, source, tokens = small_model(kind), padded_sources(), targets()
-    cache = model.start(source, N_TARGET)
+    cache = model.start(source)
     steps = torch.cat([model.step(part, cache) for part in tokens.split(1, dim=1)], dim=1)
     expected = recompute(model, source, tokens)
     assert (steps - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -62,28 +62,28 @@ def test_equals_recomputation_in_fp32(kind: str) -> None:
 def test_hypotheses_are_reordered_and_sources_dropped(kind: str) -> None:
     """The bookkeeping of a beam search: repeat, reorder within a source, drop a source, reorder again."""
     model, source, tokens = small_model(kind, torch.float64), padded_sources(), targets()
-    cache = model.start(source, N_TARGET)
+    cache = model.start(source)
     model.step(tokens[:, :2], cache)
-    cache.repeat(2)
-    history = tokens[:, :2].repeat_interleave(
-        2, dim=0
-    )  # rows: source 0 twice, source 1 twice, source 2 twice
+    cache.branch(torch.zeros(N_ROWS, 2, dtype=torch.int64))
+    # rows: source 0 twice, source 1 twice, source 2 twice
+    history = tokens[:, :2].repeat_interleave(2, dim=0)
     new = torch.tensor([[3], [4], [5], [6], [7], [8]])
     model.step(new, cache)
     history = torch.cat([history, new], dim=1)
 
-    rows = torch.tensor([1, 0, 2, 2, 5, 4])
-    cache.select(rows)
-    history = history[rows]
+    cache.branch(torch.tensor([[1, 0], [0, 0], [1, 0]]))
+    history = history[torch.tensor([1, 0, 2, 2, 5, 4])]
     new = torch.tensor([[9], [10], [11], [12], [13], [14]])
     logits = model.step(new, cache)[:, -1]
     history = torch.cat([history, new], dim=1)
     expected = recompute(model, source.repeat_interleave(2, dim=0), history)[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
-    rows, sources = torch.tensor([5, 4, 1, 1]), torch.tensor([2, 0])
-    cache.select(rows, sources)
-    history = history[rows]
+    cache.branch(torch.tensor([[1, 1], [0, 1], [0, 0]]))
+    sources = torch.tensor([2, 0])
+    cache.keep(sources)
+    assert cache.n_sources == 2 and cache.layers[0].n_slots == 4  # of 2 + 2 x 2: dead branches are gone
+    history = history[torch.tensor([4, 4, 1, 1])]
     for token in (15, 16):
         new = torch.full((4, 1), token) + torch.arange(4)[:, None]
         logits = model.step(new, cache)[:, -1]
@@ -92,13 +92,35 @@ def test_hypotheses_are_reordered_and_sources_dropped(kind: str) -> None:
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["positions_relative_bias", "grouped_query_rotary"])
 @torch.no_grad()
-def test_several_tokens_after_repeat() -> None:
-    """Cross-attention folds hypotheses and positions into one list of queries; the order must survive."""
-    model, source, tokens = small_model("modern_small", torch.float64), padded_sources(), targets()
-    cache = model.start(source, N_TARGET)
-    cache.repeat(2)
+def test_several_tokens_of_several_hypotheses(kind: str) -> None:
+    """All new tokens of a source are queries of one attention; their order must survive."""
+    model, source, tokens = small_model(kind, torch.float64), padded_sources(), targets()
+    cache = model.start(source)
+    cache.branch(torch.zeros(N_ROWS, 2, dtype=torch.int64))
     tokens = torch.cat([tokens, tokens.flip(1)]).view(2, N_ROWS, -1).transpose(0, 1).reshape(2 * N_ROWS, -1)
     logits = torch.cat([model.step(part, cache) for part in tokens.split([4, 5], dim=1)], dim=1)
     expected = recompute(model, source.repeat_interleave(2, dim=0), tokens)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_long_beam_is_cleared_on_the_way() -> None:
+    """Random parents for 60 steps: what is kept grows with the live tree, not with steps x hypotheses."""
+    model, source = small_model("modern_small", torch.float64), padded_sources()
+    generator = torch.Generator().manual_seed(0)
+    cache, n_hypotheses = model.start(source), 4
+    cache.branch(torch.zeros(N_ROWS, n_hypotheses, dtype=torch.int64))
+    history = torch.zeros(N_ROWS * n_hypotheses, 0, dtype=torch.int64)
+    for _ in range(60):
+        new = torch.randint(2, VOCAB, (N_ROWS * n_hypotheses, 1), generator=generator)
+        logits = model.step(new, cache)[:, -1]
+        history = torch.cat([history, new], dim=1)
+        parents = torch.randint(n_hypotheses, (N_ROWS, n_hypotheses), generator=generator)
+        cache.branch(parents)
+        rows = (torch.arange(N_ROWS)[:, None] * n_hypotheses + parents).flatten()
+        expected = recompute(model, source.repeat_interleave(n_hypotheses, dim=0), history)[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+        history = history[rows]
+    assert cache.layers[0].n_slots < 60 * n_hypotheses / 1.5
