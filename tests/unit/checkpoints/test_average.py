@@ -1,5 +1,6 @@
 """`dist-transformer checkpoint average`, the best checkpoint, and how checkpoints are chosen."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from dist_transformer.checkpoints.folder import (
 )
 from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.cli import main
+from dist_transformer.config import build_config
 from dist_transformer.engine.checkpoint import check_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import save_checkpoint
 from dist_transformer.errors import CheckpointError
-from tests.unit.engine.test_publishing import fake_engine, names, write_step
+from dist_transformer.train.prepare_run import initial_weights
+from tests.unit.engine.test_publishing import count_calls, fake_engine, names, write_step
 
 
 def save(engine: Engine, step: int, best: int | None = None) -> Path:
@@ -77,6 +80,15 @@ def test_the_mean_of_given_steps_and_of_averages(run_dir: Path, tmp_path: Path) 
     assert [path.name for path in out.parent.iterdir()] == ["mean"]
     with pytest.raises(CheckpointError, match="has no averaged weights"):
         load_weights(out, "ema")
+
+
+def test_a_run_starts_from_a_mean(run_dir: Path) -> None:
+    assert main(["checkpoint", "average", str(run_dir), "--last", "2"]) == 0
+    tree = fake_engine(run_dir).config.model_dump(mode="json")
+    tree["train"]["init_from"] = str(run_dir / "checkpoints" / "average-2-step-00000040")
+    weights = initial_weights(build_config(tree))
+    assert weights is not None
+    assert torch.equal(weights["weight"], torch.full((10, 24), 30.0))
 
 
 def test_means_are_exact(tmp_path: Path) -> None:
@@ -164,6 +176,36 @@ def test_the_next_save_mends_a_pointer_that_a_crash_left_behind(tmp_path: Path) 
     (tmp_path / "checkpoints" / "best").write_text("step-00000010\n")
     save(engine, 30, 20)
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000020"
+
+
+def test_a_crash_before_any_call_leaves_a_best_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 is the latest and the best, or neither, or the pointer is one save behind."""
+
+    def prepare(folder: Path) -> Engine:
+        engine = fake_engine(folder)
+        for step in (10, 20):
+            save(engine, step, 10)
+        return engine
+
+    n_calls = count_calls(monkeypatch, 0, functools.partial(save, prepare(tmp_path / "whole"), 30, 30))
+    assert best_checkpoint(tmp_path / "whole") == latest_checkpoint(tmp_path / "whole")
+    for crash_at in range(1, n_calls + 1):
+        folder = tmp_path / f"crash-{crash_at}"
+        engine = prepare(folder)
+        count_calls(monkeypatch, crash_at, functools.partial(save, engine, 30, 30))
+        latest, best = latest_checkpoint(folder), best_checkpoint(folder)
+        assert latest is not None
+        assert best is not None
+        assert best.name in ("step-00000010", latest.name)
+        check_checkpoint(best, engine.config, engine.mesh)
+        state = read_trainer_state(latest)
+        assert state.best is not None
+        save(fake_engine(folder, keep=1), 40, state.best["step"])
+        known = f"step-{state.best['step']:08d}"
+        assert names(folder) == sorted(["best", "latest", known, "step-00000040"])
+        assert best_checkpoint(folder) == folder / "checkpoints" / known
 
 
 def test_choosing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 The engine's part is played by a few parameters and an optimizer of torch's; what is saved of them is the step's number.
 """
 
+import functools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -129,7 +131,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint(tmp_path: Path) -> None:
     assert verify(engine) == 10
 
 
-def count_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int) -> int:
+def count_calls(monkeypatch: pytest.MonkeyPatch, crash_at: int, save_once: Callable[[], object]) -> int:
     """How many calls that change the disk one save makes; raises Crash before call number `crash_at`."""
     n_calls = 0
 
@@ -154,7 +156,7 @@ def count_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int) 
     monkeypatch.setattr(threading.Thread, "join", lambda thread: None)
     monkeypatch.setattr(threading.Thread, "is_alive", lambda thread: False)
     try:
-        save(fake_engine(tmp_path), 30)
+        save_once()
     except Crash:
         pass
     finally:
@@ -172,13 +174,13 @@ def test_a_crash_before_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return fake_engine(folder)
 
     engine = prepare(tmp_path / "whole")
-    n_calls = count_calls(tmp_path / "whole", monkeypatch, crash_at=0)
+    n_calls = count_calls(monkeypatch, 0, lambda: save(fake_engine(tmp_path / "whole"), 30))
     assert n_calls > 10
     assert verify(engine) == 30
     for crash_at in range(1, n_calls + 1):
         folder = tmp_path / f"crash-{crash_at}"
         engine = prepare(folder)
-        count_calls(folder, monkeypatch, crash_at)
+        count_calls(monkeypatch, crash_at, functools.partial(save, fake_engine(folder), 30))
         found = verify(engine)
         assert found in {30, before[-1] if before else 0}
         # Whatever is listed is whole too: an error's hint names these.
