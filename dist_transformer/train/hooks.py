@@ -13,6 +13,7 @@ from dist_transformer.engine.engine import Engine, StepResult
 from dist_transformer.engine.saving import SaveOutcome, Saver
 from dist_transformer.errors import CheckpointError
 from dist_transformer.model.flops import Work
+from dist_transformer.parallel.collectives import gather_objects
 from dist_transformer.tracking import Console, MetricsLog
 from dist_transformer.tracking.metrics import Value
 from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
@@ -98,8 +99,9 @@ class EvaluateHook:
         """Evaluate when it is time; the best weights so far are saved, and those that the run is done with."""
         if report.step % self.config.evaluate.every and report.step != self.config.train.steps:
             return
-        found = self.run(report.step)
-        if self.selection.record(report.step, found.metrics):
+        # All ranks must decide alike, whatever rounding there may be between them.
+        figures = gather_objects(self.run(report.step).metrics, self.engine.mesh)[0]
+        if self.selection.record(report.step, figures):
             report.save = True
         if self.selection.why_done is not None:
             report.save = report.is_last = True
