@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dist_transformer.cli.generate import add_weights, choice_of
 from dist_transformer.cli.parsing import Commands, add_command
-from dist_transformer.cli.run import add_weights, choice_of
 
 _TARGETS = ("huggingface", "ctranslate2", "safetensors")
 _FAMILIES = ("t5", "marian", "pegasus", "bart", "mbart")

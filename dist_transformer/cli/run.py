@@ -5,16 +5,16 @@ import os
 import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
-from typing import Any
 
-from dist_transformer.cli.parsing import METRICS, TOKENIZERS, WEIGHTS, Commands, add_command, positive
+from dist_transformer.cli.generate import add_decoding, add_generate, choice_of, decoding_of
+from dist_transformer.cli.parsing import METRICS, TOKENIZERS, Commands, add_command
 from dist_transformer.errors import ConfigError
 
 
 def add_runs(commands: Commands) -> None:
     """The commands of this module."""
     _add_train(commands)
-    _add_generate(commands)
+    add_generate(commands)
     _add_evaluate(commands)
     _add_report(commands)
     _add_config(commands)
@@ -36,19 +36,6 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="single fields over it")
 
 
-def _add_generate(commands: Commands) -> None:
-    generate = add_command(
-        commands,
-        "generate",
-        "write targets for source lines, or fill the gaps (___) of a pretrained model's text",
-        "echo 'A dog runs over the grass.' | dist-transformer generate runs/translate_multi30k",
-        _generate,
-    )
-    _add_decoding(generate)
-    generate.add_argument("--input", metavar="FILE", help="lines to read (default: standard input)")
-    generate.add_argument("--output", metavar="FILE", help="lines to write (default: standard output)")
-
-
 def _add_evaluate(commands: Commands) -> None:
     evaluate = add_command(
         commands,
@@ -57,7 +44,7 @@ def _add_evaluate(commands: Commands) -> None:
         "dist-transformer evaluate runs/translate_multi30k --source test.en --reference test.de --metrics bleu,chrf",
         _evaluate,
     )
-    _add_decoding(evaluate)
+    add_decoding(evaluate)
     evaluate.add_argument("--source", required=True, metavar="FILE", help="source lines")
     evaluate.add_argument(
         "--reference",
@@ -96,35 +83,6 @@ def _metrics(text: str) -> tuple[str, ...]:
         what = f"no metric {unknown[0]}" if names else "no metric given"
         raise argparse.ArgumentTypeError(f"{what}: there are {', '.join(METRICS)}")
     return names
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Options that say which of a run's weights are meant; `choice_of` reads them."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="WHICH",
-        help="latest, best, a step, or a folder's name in RUN_DIR/checkpoints (default: latest)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="the trained weights, or their moving average (default: as the run evaluates)",
-    )
-    parser.add_argument("--average", type=positive, metavar="N", help="the mean of the N newest checkpoints")
-
-
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
-    add_weights(parser)
-    parser.add_argument(
-        "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
-    )
-    parser.add_argument(
-        "--length-penalty", type=float, metavar="X", help="default: the run's generate.length_penalty"
-    )
-    parser.add_argument("--max-len", type=positive, metavar="N", help="longest output in tokens")
-    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="source tokens decoded together")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
 
 
 def _add_report(commands: Commands) -> None:
@@ -171,19 +129,6 @@ def _train(options: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def _generate(options: argparse.Namespace) -> None:
-    from dist_transformer.train.decode import generate_lines
-
-    generate_lines(
-        Path(options.run_dir),
-        options.input,
-        options.output,
-        _decoding(options),
-        options.threads,
-        choice_of(options),
-    )
-
-
 def _evaluate(options: argparse.Namespace) -> None:
     import json
 
@@ -194,7 +139,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.source,
         options.reference,
         options.output,
-        _decoding(options),
+        decoding_of(options),
         options.threads,
         Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources),
         choice_of(options),
@@ -204,18 +149,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         write_result(scores, Path(options.out))
         print(table(scores))
-
-
-def choice_of(options: argparse.Namespace) -> Any:
-    """The weights that `add_weights`'s options name: a `train.trained_run.Choice`."""
-    from dist_transformer.train.trained_run import Choice
-
-    return Choice(options.checkpoint, options.weights, options.average)
-
-
-def _decoding(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("beam_size", "length_penalty", "max_len", "batch_tokens")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -11,13 +11,13 @@ from dist_transformer.config.evaluate import (
     Weights,
 )
 from dist_transformer.config.faults import FaultsConfig
+from dist_transformer.config.generate import GenerateConfig
 from dist_transformer.config.load import build_config, dump_config, load_config, preset_names, shipped_files
 from dist_transformer.config.model import ModelConfig, StackConfig
 from dist_transformer.config.schema import (
     AlertConfig,
     CheckpointConfig,
     Config,
-    GenerateConfig,
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,

@@ -12,6 +12,7 @@ from dist_transformer.config.base import Section
 from dist_transformer.config.data import DataConfig
 from dist_transformer.config.evaluate import EarlyStoppingConfig, EvaluateConfig, Mode
 from dist_transformer.config.faults import FaultsConfig
+from dist_transformer.config.generate import GenerateConfig
 from dist_transformer.config.model import ModelConfig
 
 OWNED_DEEPSPEED_KEYS = {
@@ -165,19 +166,6 @@ class CheckpointConfig(Section):
     one sentence. Either way the checkpoint before stays whole, and a failed last save gives exit code 1."""
     verify: Literal["size", "sha256"] = "size"
     """What is compared before resuming: sizes of files, or their contents too (every file is read once more)."""
-
-
-class GenerateConfig(Section):
-    """How target text is searched for in evaluation and by `generate`."""
-
-    beam_size: PositiveInt = 5
-    """Hypotheses kept per source; 1 is greedy search."""
-    length_penalty: float = 1.0
-    """Finished hypotheses are ranked by log-probability / length ** length_penalty."""
-    max_len: PositiveInt | None = None
-    """Longest output in tokens; null: `data.max_target_len`."""
-    batch_tokens: PositiveInt = 4096
-    """Source tokens (padding counted) that are decoded together."""
 
 
 class WandbConfig(Section):

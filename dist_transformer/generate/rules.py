@@ -1,6 +1,7 @@
 """What may be said next: the vocabulary, forced prefixes, length limits. One for beam search and sampling.
 
-Shape legend, over the model's: B sources that still run, N hypotheses of each, R = B x N rows, C candidates of a source.
+Shape legend, over the model's: B sources that still run, N hypotheses of each, R = B x N rows, C candidates
+of a source.
 """
 
 from collections.abc import Sequence

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_transformer.config import GenerateConfig
 from dist_transformer.data.batch import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
-from dist_transformer.generate.text import OnProgress, search_sources
+from dist_transformer.generate.text import OnProgress, check_n_best, search_sources
 from dist_transformer.model import EncoderDecoder
 
 # The space before a gap belongs to the span, as in pretraining: a word's token carries the space before it.
@@ -27,6 +27,8 @@ class Filled:
     """What stands in each gap, in order, without surrounding blanks; None where the model left it out."""
     score: float
     """The output's log-probability in nats / length ** length_penalty."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """The n best texts with their scores, best first, `text` included; empty for an empty text."""
     n_cut: int = 0
     """Source tokens beyond `max_source_len`, which the model did not see."""
 
@@ -39,6 +41,8 @@ def fill_texts(
     *,
     max_source_len: int,
     max_target_len: int,
+    n_best: int = 1,
+    lines: Sequence[int] | None = None,
     mode_id: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Filled]:
@@ -46,24 +50,25 @@ def fill_texts(
 
     A gap is written `<extra_id_0>`, `<mask>` or `___` (three underscores or more), in any mixture. Gaps are
     numbered in the order of the text, as in pretraining, whatever numbers are written. A text without a gap
-    is
-    continued: it gets one at its end. An empty text stays empty. Everything else is text: `</s>` in it is
-        four
-    characters, not a token.
+    is continued: it gets one at its end. An empty text stays empty. Everything else is text: `</s>` in it is
+    four characters, not a token.
 
     Args:
         max_source_len: longest source in tokens, EOS counted; what is beyond is not seen.
         max_target_len: longest output in tokens, EOS counted, where `config.max_len` is null.
-        mode_id: a token that begins every source, as in UL2's pretraining.
+        n_best, lines, mode_id: as `generate_texts`.
 
     Raises:
+        ConfigError: n_best is more than the search keeps.
         DataError: the tokenizer has no sentinels, or a text has more gaps than there are.
     """
     if not tokenizer.sentinel_ids:
         raise DataError("the tokenizer has no <extra_id_N> tokens: only a span-corruption model fills gaps")
+    check_n_best(config, n_best)
+    numbers = range(len(texts)) if lines is None else lines
     pieces = [split_at_gaps(text) for text in texts]
     mode = [] if mode_id is None else [mode_id]
-    sources = [mode + encode_gaps(p, tokenizer, line) for line, p in enumerate(pieces, start=1)]
+    sources = [mode + encode_gaps(p, tokenizer, i + 1) for i, p in zip(numbers, pieces, strict=True)]
     filled = [i for i, text in enumerate(texts) if text.strip()]
     found = search_sources(
         model,
@@ -72,13 +77,18 @@ def fill_texts(
         n_vocab=tokenizer.vocab_size,
         max_source_len=max_source_len,
         max_target_len=max_target_len,
+        n_best=n_best,
+        lines=[numbers[i] for i in filled],
         on_progress=on_progress,
     )
     results = [Filled("", "", (), 0.0)] * len(texts)
-    for i, (best, *_) in zip(filled, found, strict=True):
-        spans = parse_spans(best.tokens, tokenizer)
-        n_cut = max(0, len(sources[i]) + 1 - max_source_len)
-        results[i] = _fill(pieces[i], spans, best.score, n_cut)
+    for i, hypotheses in zip(filled, found, strict=True):
+        each = [_fill(pieces[i], parse_spans(h.tokens, tokenizer), h.score) for h in hypotheses]
+        results[i] = replace(
+            each[0],
+            alternatives=tuple((one.text, one.score) for one in each),
+            n_cut=max(0, len(sources[i]) + 1 - max_source_len),
+        )
     return results
 
 
@@ -128,7 +138,7 @@ def parse_spans(tokens: Sequence[int], tokenizer: TextTokenizer) -> dict[int, st
     return {gap: tokenizer.decode(span) for gap, span in spans.items()}
 
 
-def _fill(pieces: Sequence[str], spans: dict[int, str], score: float, n_cut: int) -> Filled:
+def _fill(pieces: Sequence[str], spans: dict[int, str], score: float) -> Filled:
     text, marked = [pieces[0]], [pieces[0]]
     found: list[str | None] = []
     gaps = zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)
@@ -146,4 +156,4 @@ def _fill(pieces: Sequence[str], spans: dict[int, str], score: float, n_cut: int
         text += [before, inner, behind, after]
         marked += [before, f"[{inner}]", behind, after]
         found.append(inner)
-    return Filled("".join(text), "".join(marked), tuple(found), score, n_cut)
+    return Filled("".join(text), "".join(marked), tuple(found), score)

@@ -111,7 +111,9 @@ class KeyValueCache:
         if self._sees_BNS is None and n_next == 1:
             return
         if self._sees_BNS is None:
-            self._sees_BNS = torch.zeros(self.n_sources, n_next, n_slots, dtype=self.dtype, device=self.device)
+            self._sees_BNS = torch.zeros(
+                self.n_sources, n_next, n_slots, dtype=self.dtype, device=self.device
+            )
         else:
             self._sees_BNS = self._sees_BNS.gather(1, parents_BN[:, :, None].expand(-1, -1, n_slots))
         self.n_hypotheses = n_next

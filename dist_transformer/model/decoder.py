@@ -27,7 +27,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward_residual = AddNorm(model, stack)
 
     def forward(
-        self, x_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor, cross_mask: Tensor, rotation: Rotation | None
+        self,
+        x_BTD: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor,
+        cross_mask: Tensor,
+        rotation: Rotation | None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]: all target positions at once."""
 
@@ -146,7 +151,7 @@ class Decoder(nn.Module):
         x_BQD = x_RTD.reshape(n_sources, -1, d_model)
         x_BQD = self.input(x_BQD, positions_1Q.expand(n_sources, -1), start + n_new)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BQD = layer.step(x_BQD, layer_cache, bias, cache.cross_bias, rotation)  # type: ignore[union-attr, operator]
+            x_BQD = layer.step(x_BQD, layer_cache, bias, cache.cross_bias, rotation)  # type: ignore[operator]
         return self._finish(x_BQD).view(n_rows, n_new, -1)
 
     def _rotation(self, positions_BT: Tensor, length: int) -> Rotation | None:

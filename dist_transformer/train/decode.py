@@ -1,66 +1,130 @@
-"""A run's model on text: `generate` on one process, from a checkpoint of any ZeRO stage."""
+"""A run's model on lines of text: from a checkpoint of any ZeRO stage, on one process."""
 
 import contextlib
+import gzip
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from pydantic import ValidationError
 
+from dist_transformer.config import GenerateConfig
 from dist_transformer.errors import ConfigError, DataError
 from dist_transformer.generate.spans import Filled, fill_texts
-from dist_transformer.generate.text import Generated, continue_texts, describe_truncated, generate_texts
-from dist_transformer.train.trained_run import Choice, TrainedRun
+from dist_transformer.generate.text import (
+    Generated,
+    check_n_best,
+    continue_texts,
+    describe_cut_prefixes,
+    describe_truncated,
+    generate_texts,
+)
+from dist_transformer.train.trained_run import TrainedRun
 
 
-def generate_lines(
-    path: Path,
-    input_: str | None,
-    output: str | None,
-    decoding: Mapping[str, object],
-    threads: int | None,
-    choice: Choice | None = None,
-) -> None:
-    """Read lines, write one line for each: its gaps (`___`) filled by a denoising model, continued by one that was
-    pretrained on prefixes, else the translation.
+class Line(NamedTuple):
+    """One line of input."""
+
+    number: int
+    """From 0."""
+    source: str
+    prefix: str | None = None
+    """What its output must begin with."""
+
+
+class Decoded(NamedTuple):
+    """What became of one line."""
+
+    outputs: tuple[tuple[str, float], ...]
+    """Texts and scores, best first or as they were drawn; one empty text for an empty line."""
+    n_cut: int = 0
+    """Tokens of the source that were left out."""
+    n_prefix_cut: int = 0
+    """Tokens of the prefix that were left out."""
+
+
+class LineDecoder:
+    """Does with a line what the run's model was trained to do: fills its gaps (`___`), continues it, or writes its
+    target.
+
+    Args:
+        decoding: fields over the run's `generate` section.
+        n_best: outputs wanted for each line.
+
+    Raises:
+        ConfigError: the fields do not fit together.
     """
-    set_threads(threads)
-    run = TrainedRun(path, choice)
-    with contextlib.ExitStack() as stack:
-        lines = read_lines(input_) if input_ else _read_stdin()
-        destination = stack.enter_context(open(output, "w", encoding="utf-8")) if output else sys.stdout  # noqa: PTH123
-        for text in decode_lines(run, lines, decoding):
-            destination.write(f"{text}\n")
+
+    def __init__(self, run: TrainedRun, decoding: Mapping[str, object], n_best: int = 1) -> None:
+        self._run, self._n_best = run, n_best
+        fields = run.config.generate.model_dump() | dict(decoding)
+        try:
+            self._config = GenerateConfig.model_validate(fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(["generate", *map(str, problem["loc"])])
+            raise ConfigError(f"{name}: {problem['msg'].removeprefix('Value error, ')}") from None
+        check_n_best(self._config, n_best)
+        self._write = _writer(run)
+        self.max_source_len = run.config.data.max_source_len
+
+    def __call__(self, lines: Sequence[Line]) -> list[Decoded]:
+        """What becomes of each line, in their order; batches shrink where memory does not suffice."""
+        run, options = self._run, dict[str, Any](n_best=self._n_best)
+        if any(line.prefix is not None for line in lines):
+            if self._write not in (generate_texts, continue_texts):
+                raise ConfigError("a model that fills gaps takes no prefixes: write the text around the gap")
+            options["prefixes"] = [line.prefix or "" for line in lines]
+
+        @find_executable_batch_size(starting_batch_size=self._config.batch_tokens)  # type: ignore[untyped-decorator]
+        def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
+            return self._write(
+                run.model,
+                run.tokenizer,
+                [line.source for line in lines],
+                self._config.model_copy(update={"batch_tokens": batch_tokens}),
+                max_source_len=self.max_source_len,
+                max_target_len=run.config.data.max_target_len,
+                lines=[line.number for line in lines],
+                **options,
+            )
+
+        results: Sequence[Generated | Filled] = attempt()
+        return [
+            Decoded(
+                result.alternatives or ((result.text, result.score),),
+                result.n_cut,
+                result.n_prefix_cut if isinstance(result, Generated) else 0,
+            )
+            for result in results
+        ]
+
+
+def describe_cuts(lines: Sequence[Line], decoded: Sequence[Decoded], max_source_len: int) -> list[str]:
+    """Sentences about what was left out of neighbouring lines."""
+    first_line = lines[0].number + 1 if lines else 1
+    cut = describe_truncated([d.n_cut for d in decoded], max_source_len, first_line)
+    cut_prefixes = describe_cut_prefixes([d.n_prefix_cut for d in decoded], first_line)
+    return [sentence for sentence in (cut, cut_prefixes) if sentence]
 
 
 def decode_lines(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object]) -> list[str]:
-    """One output line for each input line; batches shrink where memory does not suffice."""
-    config = run.config.generate.model_copy(update=dict(decoding))
-    lengths: dict[str, Any] = {
-        "max_source_len": run.config.data.max_source_len,
-        "max_target_len": run.config.data.max_target_len,
-    }
-    write = _writer(run)
-
-    @find_executable_batch_size(starting_batch_size=config.batch_tokens)  # type: ignore[untyped-decorator]
-    def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
-        return write(
-            run.model,
-            run.tokenizer,
-            lines,
-            config.model_copy(update={"batch_tokens": batch_tokens}),
-            **lengths,
-        )
-
-    results: Sequence[Generated | Filled] = attempt()
-    if warning := describe_truncated([result.n_cut for result in results], run.config.data.max_source_len):
+    """One output line for each input line; what was cut is said on stderr."""
+    decoder, numbered = LineDecoder(run, decoding), [Line(i, line) for i, line in enumerate(lines)]
+    decoded = decoder(numbered)
+    for warning in describe_cuts(numbered, decoded, run.config.data.max_source_len):
         print(f"dist-transformer: {warning}", file=sys.stderr)
-    # One line for one line, whatever the model writes.
-    return [" ".join(result.text.splitlines()) for result in results]
+    return [one_line(d.outputs[0][0]) for d in decoded]
+
+
+def one_line(text: str) -> str:
+    """One line for one line, whatever the model writes."""
+    return " ".join(text.splitlines())
 
 
 def _writer(run: TrainedRun) -> Callable[..., Sequence[Generated | Filled]]:
@@ -80,27 +144,31 @@ def _writer(run: TrainedRun) -> Callable[..., Sequence[Generated | Filled]]:
 
 def read_lines(name: str) -> list[str]:
     """Lines of a text file, without their ends."""
+    return list(iterate_lines(name))
+
+
+def iterate_lines(name: str | None) -> Iterator[str]:
+    """Lines of a text file, `.gz` too, or of standard input (None), without their ends, as they are asked for.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: a line is not UTF-8.
+    """
+    where, n_read = name or "standard input", 0
     try:
-        return list(_lines(Path(name)))
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+        with contextlib.ExitStack() as stack:
+            stream: IO[bytes] = sys.stdin.buffer
+            if name is not None:
+                path = Path(name)
+                opened: Any = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+                stream = stack.enter_context(opened)
+            for line in stream:
+                n_read += 1
+                yield line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 at byte {error.start}") from None
-
-
-def _read_stdin() -> list[str]:
-    try:
-        return [line.decode("utf-8").rstrip("\r\n") for line in sys.stdin.buffer]
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input: not UTF-8 at byte {error.start} of a line") from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    import gzip
-
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        for line in stream:
-            yield line.decode("utf-8").rstrip("\r\n")
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of line {n_read:,}") from None
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def set_threads(threads: int | None) -> None:

@@ -22,12 +22,12 @@ def test_batches_shrink_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -
     asked = []
 
     def write(
-        model: object, tokenizer: object, lines: Sequence[str], config: Any, **_: int
+        model: object, tokenizer: object, texts: Sequence[str], config: Any, **_: Any
     ) -> list[Generated]:
         asked.append(config.batch_tokens)
         if config.batch_tokens > 1000:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
-        return [Generated(line.upper(), 0.0, ()) for line in lines]
+        return [Generated(text.upper(), 0.0, ()) for text in texts]
 
     monkeypatch.setattr(decode, "generate_texts", write)
     assert decode.decode_lines(run_of(), ["a", "b"], {"batch_tokens": 4000}) == ["A", "B"]
@@ -51,7 +51,7 @@ def test_reading_lines(tmp_path: Path) -> None:
     assert decode.read_lines(str(good)) == ["eins", "", "zwei ü"]
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"eins\n\xff\n")
-    with pytest.raises(DataError, match=r"bad\.txt: not UTF-8"):
+    with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 at byte 0 of line 2"):
         decode.read_lines(str(bad))
     with pytest.raises(ConfigError, match=r"none\.txt: cannot be read"):
         decode.read_lines(str(tmp_path / "none.txt"))
@@ -91,3 +91,22 @@ def test_a_model_does_what_it_was_trained_for(
     run = SimpleNamespace(config=build_config(tree), model=None, tokenizer=tokenizer)
     assert decode.decode_lines(run, ["a"], {}) == ["done"]  # type: ignore[arg-type]
     assert called == [expected]
+
+
+def test_options_are_checked_before_anything_is_read() -> None:
+    for decoding, says in (
+        ({"top_p": 0.0}, "generate.top_p"),
+        ({"temperature": -1.0}, "generate.temperature"),
+        ({"max_extra": 3}, "max_extra belongs to max_ratio"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            decode.LineDecoder(run_of(), decoding)
+    with pytest.raises(ConfigError, match="beam_size is 2"):
+        decode.LineDecoder(run_of(), {"beam_size": 2}, n_best=3)
+    decode.LineDecoder(run_of(), {"beam_size": 2, "sample": True}, n_best=3)
+
+
+def test_a_model_that_fills_gaps_takes_no_prefixes() -> None:
+    decoder = decode.LineDecoder(run_of("span_corruption"), {})
+    with pytest.raises(ConfigError, match="takes no prefixes"):
+        decoder([decode.Line(0, "a ___", "b")])
