@@ -58,7 +58,7 @@ def publish(
     final = complete(partial, files, description, index)
     _point(final.parent / "latest", final.name)
     best = final.parent / "best"
-    if found := description["state"].get("best"):
+    if found := description.get("state", {}).get("best"):
         name = checkpoint_name(found["step"])
         if (final.parent / name).is_dir():
             _point(best, name)
