@@ -32,8 +32,8 @@ from tests.e2e.conftest import environment, sentence, steps_of
 from tests.tools.fake_wandb import FakeWandb
 from tests.tools.slurm import LIMIT_S, Cluster, start_cluster, why_not
 
-STEPS_BETWEEN, SAVE_EVERY = 60, 20
-OUTAGE_STEPS = 40
+STEPS_BETWEEN, SAVE_EVERY = 30, 10
+OUTAGE_STEPS = 20
 COMPARED = ("train/loss", "train/grad_norm", "train/lr", "data/fingerprint", "trainer/tokens_seen")
 KINDS = ("rank", "hang", "node", "requeue", "preempt", "disk", "dashboard")
 """A rank killed; a rank stopped; a node dead, and back; `scontrol requeue`; told to save and leave; no room for
@@ -216,9 +216,9 @@ def write_inputs(folder: Path, n_steps: int, dashboard: bool) -> Path:
         },
         "data": {
             "train": str(folder / "shards"), "objective": "pairs", "fingerprint": True, "max_source_len": 64,
-            "max_target_len": 64, "window": 64,
+            "max_target_len": 64, "window": 64, "workers": 0,
         },
-        "train": {"steps": n_steps, "global_batch_size": 16, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"steps": n_steps, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "optimizer": {"lr": 0.005, "warmup_steps": 10},
         "checkpoint": {"every": SAVE_EVERY, "keep": 2},
         "faults": {"step_limit_s": 30, "heartbeat_s": 1},
