@@ -25,6 +25,8 @@ from dist_transformer.model.positions import sinusoid_table
 _POSITION_OFFSET = 2
 _POSITIONS = (".input.learned.weight",)
 _BIAS = "final_logits_bias"
+STOPS: dict[str, bool | str] = {"estimate": False, "exact": "never", "first": True}
+"""Our `generate.stop` as `early_stopping`."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,27 @@ def export_huggingface(
     save_for_huggingface(tokenizer, folder, decoding.max_source_len, reads_sentinels=decoding.reads_sentinels)
     assert model.vocab_size is not None
     transformers.GenerationConfig(
-        num_beams=decoding.generate.beam_size,
-        length_penalty=decoding.generate.length_penalty,
-        early_stopping=False,
-        do_sample=False,
+        **_search(decoding.generate),
         max_new_tokens=decoding.generate.max_len or decoding.max_target_len,
         # Never emitted here either: padding, and rows of the matrix that no token has.
         suppress_tokens=[PAD_ID, *range(tokenizer.vocab_size, model.vocab_size)],
         **special_ids(),
     ).save_pretrained(folder)
     return chosen.architecture
+
+
+def _search(generate: GenerateConfig) -> dict[str, Any]:
+    """Of `generation_config.json`: how outputs are searched for or drawn. It has no `max_ratio`."""
+    fields: dict[str, Any] = {"min_new_tokens": generate.min_len} if generate.min_len else {}
+    if generate.sample:
+        names = ("temperature", "top_k", "top_p")
+        return fields | {"do_sample": True, **{name: getattr(generate, name) for name in names}}
+    return fields | {
+        "do_sample": False,
+        "num_beams": generate.beam_size,
+        "length_penalty": generate.length_penalty,
+        "early_stopping": STOPS[generate.stop],
+    }
 
 
 def to_huggingface(

@@ -18,7 +18,7 @@ from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
 from dist_transformer.config import build_config, dump_config
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import ConfigError
-from dist_transformer.interop.huggingface import Imported
+from dist_transformer.interop.huggingface import STOPS, Imported
 
 _FILE = "rank-00000.safetensors"
 _LONGEST = 512
@@ -103,6 +103,10 @@ def _generate(generation: dict[str, Any], longest: int) -> dict[str, Any]:
     found = {
         "beam_size": generation.get("num_beams"),
         "length_penalty": generation.get("length_penalty"),
+        "stop": next(
+            (ours for ours, theirs in STOPS.items() if theirs == generation.get("early_stopping")), None
+        ),
+        "min_len": generation.get("min_new_tokens"),
         "max_len": min(max_len, longest) if isinstance(max_len, int) and max_len > 20 else None,
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -45,11 +45,11 @@ def run_dir(
         pair_shards,
         run={"dir": str(folder)},
         model={"preset": request.param, **SMALL},
+        data={"workers": 0, "eval": None},
         train={"steps": 60},
         optimizer={"lr": 0.01},
         parallel={"tp_degree": 2 if is_t5 else 1, "zero_stage": 1 if is_t5 else 3},
         checkpoint={"every": 60},
-        evaluate={"every": 60},
         generate={"beam_size": 5, "max_len": 40},
     )
     done = launch(config, "--nproc", 2) if is_t5 else command("train", config)
@@ -145,7 +145,7 @@ def test_a_random_model_of_theirs_trains_on(tmp_path: Path, pair_shards: Path) -
     done = command(
         "train", tmp_path / "run" / "config.yaml", f"run.dir={tmp_path / 'tuned'}", f"data.train={pair_shards}",
         "train.steps=12", "train.global_batch_size=8", "train.micro_batch_size=8", "train.precision=fp32",
-        "data.max_source_len=64", "data.max_target_len=64", "data.window=64",
+        "data.max_source_len=64", "data.max_target_len=64", "data.window=64", "data.workers=0",
         "optimizer.lr=0.01", "optimizer.warmup_steps=2", "tracking.every=1", "tracking.wandb.mode=disabled",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -70,6 +70,30 @@ def test_there_and_back(case: str, tmp_path: Path) -> None:
         assert getattr(back.model, name) == getattr(model.config, name), name
 
 
+@pytest.mark.parametrize(
+    ("generate", "expected"),
+    [
+        ({"stop": "exact", "min_len": 3}, {"num_beams": 5, "early_stopping": "never", "min_new_tokens": 3}),
+        ({"stop": "first", "beam_size": 2}, {"num_beams": 2, "early_stopping": True, "max_new_tokens": 40}),
+        (
+            {"sample": True, "temperature": 0.5, "top_k": 7, "max_len": 9},
+            {"do_sample": True, "temperature": 0.5, "top_k": 7, "top_p": 1.0, "max_new_tokens": 9},
+        ),
+    ],
+)
+def test_generation(generate: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of("marian")
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    decoding = Decoding(GenerateConfig(**generate), 40, 40, reads_sentinels=False)
+    export_huggingface(tmp_path, model.config, weights, train_tokenizer(), decoding)
+    theirs: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    found = theirs.generation_config.to_dict()
+    assert {name: found[name] for name in expected} == expected
+    tokens = theirs.generate(torch.tensor([[5, 6, 1]]))[0, 1:].tolist()
+    assert 1 <= len(tokens) <= found["max_new_tokens"]
+    assert not {0, *range(train_tokenizer().vocab_size, N_VOCAB)} & set(tokens[: (tokens + [1]).index(1)])
+
+
 def their_model(kind: str) -> Any:
     """One of Hugging Face's with random weights, and the special ids of its own kind of tokenizer."""
     torch.manual_seed(0)
