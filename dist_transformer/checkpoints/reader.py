@@ -91,10 +91,13 @@ class CheckpointReader:
         Raises:
             CheckpointError: if a file is damaged.
         """
-        try:
-            return all(kind in self._open(file).keys() for file in self._with_pieces)  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        for file in self._with_pieces:
+            try:
+                if kind not in self._open(file).keys():  # noqa: SIM118 - not a dictionary
+                    return False
+            except (SafetensorError, OSError) as error:
+                raise self._damage(file, error) from None
+        return True
 
     def require(self, weights: Weights) -> None:
         """Raises:
