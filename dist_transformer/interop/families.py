@@ -114,8 +114,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         ConfigError: it is none that can be imported.
     """
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get("t5" if model_type == "mt5" else model_type)
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError("its config.json names no model_type: give a folder of Hugging Face's")
+    family = FAMILIES.get("t5" if model_type == "mt5" else str(model_type))
     if family is None:
         raise ConfigError(f"model_type {model_type} cannot be imported: there are mt5, {', '.join(FAMILIES)}")
     return family

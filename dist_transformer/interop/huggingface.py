@@ -210,6 +210,9 @@ def from_huggingface(state: Mapping[str, Tensor], model: ModelConfig, family: Fa
 
 def _load(folder: Path) -> Any:
     transformers = load_package("transformers")
+    # Its tables of missing weights and its warning that T5's output is its own: both are looked at below.
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
     try:
         theirs, found = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True

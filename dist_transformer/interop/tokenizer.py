@@ -11,6 +11,9 @@ from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError, UserError
 from dist_transformer.interop.folders import load_package
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "sentencepiece.bpe.model", "vocab.json")
+"""Without any of them, `AutoTokenizer` makes up an empty tokenizer of the model's kind."""
+
 
 def tokens_of(tokenizer: TextTokenizer) -> list[str]:
     """The token of each id; ids that have none are `<unused_ID>`."""
@@ -92,6 +95,8 @@ def read_from_huggingface(folder: Path, order: Sequence[int]) -> TextTokenizer:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer.json"
+    if not any((folder / name).exists() for name in _FILES):
+        raise DataError(f"{folder} has no tokenizer")
     try:
         if file.exists():
             tree = json.loads(file.read_text(encoding="utf-8"))

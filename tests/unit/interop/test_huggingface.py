@@ -174,6 +174,9 @@ def test_weights_in_torch_format(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
         read_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="names no model_type"):
+        read_huggingface(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "umt5"}')
     with pytest.raises(ConfigError, match="model_type umt5 cannot be imported: there are mt5, t5, marian"):
         read_huggingface(tmp_path)

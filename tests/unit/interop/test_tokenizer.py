@@ -112,7 +112,10 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no tokenizer"):
+        read_from_huggingface(tmp_path, range(10))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "marian"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
     with pytest.raises(DataError, match=r"its tokenizer cannot be had as a tokenizer\.json"):
         read_from_huggingface(tmp_path, range(10))
     (tmp_path / "tokenizer.json").write_text("[]")
