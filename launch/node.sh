@@ -6,7 +6,7 @@
 #
 # Variables, and what stands in for them in a Slurm job step:
 #   MASTER_ADDR  node 0, as the other nodes reach it   [the first node of the job]
-#   MASTER_PORT  a port that is free there             [from the job's number; else 29500]
+#   MASTER_PORT  a port that is free there             [from job number and restart count; else 29500]
 #   NNODES       how many nodes; 2:4 for 2 to 4         [the step's]
 #   NODE_RANK    which one this is, from 0             [the task's]
 #   NPROC        ranks on this node, as --nproc        [its GPUs; 1 where there are none]
@@ -64,8 +64,8 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${NODE_RANK:-}" ]; then
   [ "${SLURM_STEP_NUM_TASKS:-$NNODES}" = "$NNODES" ] ||
     refuse "srun started $SLURM_STEP_NUM_TASKS tasks on $NNODES nodes; it must be one a node: --ntasks-per-node=1 (ranks are counted by --nproc)"
   MASTER_ADDR=${MASTER_ADDR:-$(head_address)}
-  # Below the ephemeral ports, and different for two jobs that share a node.
-  MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
+  # Below the ephemeral ports, different for two jobs that share a node, and another one at the next start.
+  MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 1000 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
   # A requeued job must not meet what is left of its own former run.
   RDZV_ID=${RDZV_ID:-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}
 fi

@@ -70,6 +70,17 @@ stop() {
   (trap '' USR1 TERM; while kill -USR1 "$step" 2>/dev/null; do sleep 10; done) &
 }
 
+# Puts the job back into the queue, without nodes that are not fit; returns only where Slurm refuses.
+requeue() {
+  # From here on, Slurm ends this shell when it likes; it leaves it a few seconds.
+  trap '' TERM USR1
+  scontrol requeue "$SLURM_JOB_ID" || return 0
+  if [ -s "$run_dir/excluded_nodes" ]; then
+    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$(paste -sd, "$run_dir/excluded_nodes")" || true
+  fi
+  exit 0
+}
+
 # Requeues the job where that makes sense, and ends.
 end_job() {
   # A job that was cancelled stays so; one that reached its limit while it saved does not.
@@ -85,6 +96,12 @@ end_job() {
       say "finished: $checkpoint, $why"
       exit "$status" ;;
     not_begun)
+      # A sentence for a person would only come again; a port that was taken or a file system that hung need not.
+      if [ "$state" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] &&
+        ! grep -rqs '^dist-transformer: ' "$run_dir/logs/job-$SLURM_JOB_ID.0"; then
+        say "ended with status $status before training began: requeueing, once"
+        requeue
+      fi
       say "ended with status $status before training began: not requeued; see above, and $run_dir/logs" >&2
       exit $((status == 0 ? 1 : status)) ;;
   esac
@@ -98,14 +115,7 @@ end_job() {
     [ "$status" -ne 0 ] || status=1
   else
     say "requeueing ($why), at ${checkpoint:-the start}"
-    # From here on, Slurm ends this shell when it likes; it leaves it a few seconds.
-    trap '' TERM USR1
-    if scontrol requeue "$SLURM_JOB_ID"; then
-      if [ -s "$run_dir/excluded_nodes" ]; then
-        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$(paste -sd, "$run_dir/excluded_nodes")" || true
-      fi
-      exit 0
-    fi
+    requeue
     say "could not be requeued: the next job of a chain, or the same sbatch command, goes on" >&2
     [ "$status" -ne 0 ] || status=1
   fi

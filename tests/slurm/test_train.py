@@ -1,6 +1,7 @@
 """slurm/train.sbatch on a real cluster: it trains on two nodes, and a job that is told to stop goes on by itself."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_sbatch_accepts_every_template(cluster: Cluster, template: Path, tmp_pat
     for script, *options in ((template,), (template, "--exclusive", "--time=1:00:00"), (full,)):
         done = cluster.run("sbatch", "--test-only", *options, script, "config.yaml")
         assert done.returncode == 0, f"{script} {options}: {done.stderr}"
-    assert cluster.run("sbatch", "--test-only", "--partition=nowhere", template, "config.yaml").returncode != 0
+    assert (
+        cluster.run("sbatch", "--test-only", "--partition=nowhere", template, "config.yaml").returncode != 0
+    )
 
 
 @ALL_MODES
@@ -101,6 +104,24 @@ def test_stopped_by_hand_it_saves_and_stays_stopped(cluster: Cluster, config: Pa
     assert "stopped by hand at step-" in job.output()
     assert job.fields()["Restarts"] == "0"
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{n_steps(run_dir):08d}"
+
+
+def test_a_port_that_is_taken_is_left_alone_at_the_next_start(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    job = cluster.sbatch(
+        tmp_path / "job.log", "train.sbatch", config, f"run.dir={tmp_path / 'run'}", "train.steps=3",
+        options=("--hold", "--nodes=1"),
+    )  # fmt: skip
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", 10000 + int(job.id) % 20000))
+        other.listen()
+        cluster.must("scontrol", "release", job.id)
+        job.finish()
+    assert job.restarts() == 1
+    assert "before training began: requeueing, once" in job.output()
+    assert n_steps(tmp_path / "run") == 3
 
 
 def test_a_mistake_is_one_sentence_and_no_node_starts(cluster: Cluster, config: Path, tmp_path: Path) -> None:
