@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_transformer.checkpoints.average import averaged_weights, newest_of
-from dist_transformer.checkpoints.folder import find_checkpoint_in
+from dist_transformer.checkpoints.folder import check_files, find_checkpoint_in
 from dist_transformer.checkpoints.reader import CheckpointReader, load_weights
 from dist_transformer.config import Config, Weights, load_config
 from dist_transformer.data.tokenizer import TextTokenizer
@@ -63,12 +63,11 @@ class TrainedRun:
         self.model.eval()
 
     def _read(self, path: Path, choice: Choice) -> dict[str, Tensor]:
+        check_files(self.checkpoint)
         weights = choice.weights
         if weights is None:
-            weights = self.config.evaluate.weights
             with CheckpointReader(self.checkpoint) as reader:
-                if not reader.has("ema"):
-                    weights = "current"
+                weights = self.config.evaluate.weights if reader.has("ema") else "current"
         if choice.average is not None:
             return dict(averaged_weights(newest_of(path, choice.average), weights))
         return load_weights(self.checkpoint, weights)
