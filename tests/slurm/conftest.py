@@ -15,7 +15,8 @@ __all__ = ["pair_files", "pair_shards"]
 
 MODES = tuple(os.environ.get("SLURM_TEST_MODES", "loopback netns").split())
 ALL_MODES = pytest.mark.parametrize("cluster", MODES, indirect=True, scope="session")
-"""For tests that run on both kinds of cluster; the others run where all nodes share one network."""
+"""For tests that run on both kinds of cluster; the others run on the first, where all nodes share one network.
+SLURM_TEST_MODES=netns runs all of them on the other kind."""
 COMPARED = ("train/loss", "train/grad_norm", "data/fingerprint", "trainer/tokens_seen")
 N_STEPS = 100
 
@@ -27,13 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slurm)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that names no kind of cluster shares that of the others, and what they ran on it."""
+    marked = any("cluster" in str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize"))
+    if "cluster" in metafunc.fixturenames and not marked:
+        metafunc.parametrize("cluster", MODES[:1], indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Two nodes: `loopback`, or the mode that the test asks for."""
-    mode = getattr(request, "param", "loopback")
-    if reason := why_not(mode):
+    """Two nodes, in the mode that the test asks for."""
+    if reason := why_not(request.param):
         pytest.skip(reason)
-    with start_cluster(mode, {**environment(), "NPROC": "1"}) as found:
+    with start_cluster(request.param, {**environment(), "NPROC": "1"}) as found:
         yield found
 
 
