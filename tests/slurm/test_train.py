@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on a real cluster: told to stop, or robbed of a node, the job goes on by itself; it can be scored."""
+"""slurm/train.sbatch on a real cluster: told to stop, or robbed of a node, the job goes on by itself."""
 
 import json
 import socket
