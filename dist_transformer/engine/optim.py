@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_transformer.config import OptimizerConfig
 
 _SMALLEST_RMS = 1e-3
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def learning_rate(config: OptimizerConfig, step: int, n_steps: int) -> float:
@@ -38,7 +39,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     groups = _decay_groups(module.named_parameters(), config.weight_decay)
     if config.name == "adamw_rms":
         return RMSScaledAdamW(groups, 0.0, config.betas, config.eps)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _decay_groups(
@@ -79,7 +80,31 @@ class Layout:
     """Adds a vector over the ranks that share the flat tensor, in place."""
 
 
-class RMSScaledAdamW(torch.optim.Optimizer):
+def _plain(method: _Method) -> _Method:
+    """A method of torch's optimizers without what tells torch's compiler to leave it alone.
+
+    That wrapper imports the compiler, at the first call: nearly 2 s of CPU time of every rank's start, for nothing.
+    """
+    plain: _Method = getattr(method, "__wrapped__", method)
+    return plain
+
+
+class _Uncompiled(torch.optim.Optimizer):
+    """An optimizer that does not load torch's compiler."""
+
+    add_param_group = _plain(torch.optim.Optimizer.add_param_group)
+    zero_grad = _plain(torch.optim.Optimizer.zero_grad)
+    state_dict = _plain(torch.optim.Optimizer.state_dict)
+    load_state_dict = _plain(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    """torch's."""
+
+    step = torch.no_grad()(_plain(torch.optim.AdamW.step))
+
+
+class RMSScaledAdamW(_Uncompiled):
     """AdamW whose step on each parameter is multiplied by max(1e-3, RMS(parameter)).
 
     The relative step size of Adafactor (Shazeer and Stern 2018, algorithm 4) with Adam's moments: with the learning
