@@ -18,7 +18,7 @@ from dist_transformer.model import EncoderDecoder
 from tests.unit.generate.trained import trained_model
 from tests.unit.model.small import PRESETS, VOCAB, small_config, small_model
 
-Stop = Literal["estimate", "exact"]
+Stop = Literal["estimate", "exact", "first"]
 
 
 def sources(n: int, n_vocab: int = VOCAB, longest: int = 9, seed: int = 0) -> list[list[int]]:
@@ -242,7 +242,7 @@ def huggingface_twin(kind: str) -> tuple[torch.nn.Module, EncoderDecoder]:
                 decoder_ffn_dim=config.d_ff,
                 activation_function="relu",
                 scale_embedding=True,
-                max_position_embeddings=64,
+                max_position_embeddings=config.max_positions,
                 pad_token_id=PAD_ID,
                 eos_token_id=EOS_ID,
                 decoder_start_token_id=PAD_ID,
@@ -257,7 +257,9 @@ def huggingface_twin(kind: str) -> tuple[torch.nn.Module, EncoderDecoder]:
 
 
 @pytest.mark.parametrize("kind", ["t5_v1_1_small", "vaswani2017_base"])
-@pytest.mark.parametrize(("stop", "early_stopping"), [("estimate", False), ("exact", "never")])
+@pytest.mark.parametrize(
+    ("stop", "early_stopping"), [("estimate", False), ("exact", "never"), ("first", True)]
+)
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 1.7])
 def test_equals_huggingface(kind: str, stop: Stop, early_stopping: bool | str, length_penalty: float) -> None:
     theirs, ours = huggingface_twin(kind)
