@@ -1,6 +1,9 @@
 """Learning rates against values by hand, which parameters decay, and updates against slow references."""
 
+import copy
 import math
+import subprocess
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -130,9 +133,46 @@ def test_adamw_is_torchs_own() -> None:
     module = torch.nn.Linear(5, 3)
     config = OptimizerConfig(weight_decay=0.2, betas=(0.8, 0.95), eps=1e-7)
     optimizer = build_optimizer(module, config)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-7 for group in optimizer.param_groups)
+    theirs = copy.deepcopy(module)
+    reference = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.2}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        lr=0.1, betas=(0.8, 0.95), eps=1e-7, fused=True,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(3):
+        for linear, rule in ((module, optimizer), (theirs, reference)):
+            linear(torch.linspace(-1, 1, 10).view(2, 5)).square().sum().backward()
+            rule.step()
+            rule.zero_grad()
+    assert torch.equal(module.weight, theirs.weight)
+    assert torch.equal(module.bias, theirs.bias)
+
+
+def test_a_training_process_does_not_load_the_compiler() -> None:
+    """It would take nearly 2 s of every rank's start."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TRAINS], capture_output=True, text=True, timeout=250, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
+
+
+_TRAINS = """
+import sys, torch, dist_transformer.engine
+from dist_transformer.config import OptimizerConfig
+from dist_transformer.engine.optim import build_optimizer
+module = torch.nn.Linear(2, 2)
+for name in ("adamw", "adamw_rms"):
+    optimizer = build_optimizer(module, OptimizerConfig(name=name))
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
+"""
 
 
 def test_without_a_gradient_nothing_moves() -> None:
