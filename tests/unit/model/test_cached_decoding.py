@@ -53,7 +53,8 @@ def test_equals_recomputation_in_fp32(kind: str) -> None:
     """Every position scheme, to the last few bits.
 
     Not bit for bit: a matrix product of one row may add in another order than that of nine. What is left is the
-    rounding of some hundred additions: at most 16 units in the last place of the largest score (3 to 7 seen). Recomputing is itself 4 to 10 units
+    rounding of some hundred additions: at most 16 units in the last place of the largest score (3 to 7 seen).
+    Recomputing is itself 4 to 10 units
     from the scores in float64, and cached decoding no further.
     """
     model, source, tokens = small_model(kind), padded_sources(), targets()
