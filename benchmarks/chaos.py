@@ -54,7 +54,7 @@ class Fault:
     resumed_at: int
     """Step of the checkpoint that the run went on from; the same step where it never ended."""
     seconds: float
-    """Until it was beyond that step."""
+    """Until it trained again; of disk and dashboard, with the time that they were away."""
 
 
 class Chaos:
@@ -96,13 +96,9 @@ class Chaos:
         what = getattr(self, f"_{kind}")()
         if kind in ENDS:
             self._wait(lambda: len(read_exits(self.run_dir)) > ends, f"the end after {what}")
+        since = read_exits(self.run_dir)[-1].ended if kind in ENDS else time.time()
         resumed_at = newest_step(self.run_dir) if kind in ENDS else step
-
-        def is_beyond() -> bool:
-            newest, when = newest_row(self.run_dir)
-            return newest > step and when > began
-
-        self._wait(is_beyond, f"a step beyond {step} after {what}")
+        self._wait(lambda: newest_row(self.run_dir)[1] > since, f"a step after {what}")
         return Fault(kind, what, step, resumed_at, time.time() - began)
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
