@@ -123,7 +123,11 @@ def as_shell(answer: Beginning | Verdict) -> str:
 
 def _runs(run_dir: Path, job: str, attempt: Mapping[str, Any]) -> bool:
     if job and has_slurm():
-        return job_fields(job).get("JobState", "") in ("RUNNING", "COMPLETING", "SUSPENDED")
+        deadline = time.monotonic() + _SILENT_S
+        # The next job of a chain may start while the nodes are still cleared of the one before it.
+        while (state := job_fields(job).get("JobState", "")) == "COMPLETING" and time.monotonic() < deadline:
+            time.sleep(1.0)
+        return state in ("RUNNING", "COMPLETING", "SUSPENDED")
     if not job and attempt.get("host") == platform.node():
         return Path(f"/proc/{attempt.get('pid')}").exists()
     return any(time.time() - beat.written < _SILENT_S for beat in read_beats(run_dir))

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dist_transformer.errors import ConfigError, LaunchError
+from dist_transformer.launcher import batch
 from dist_transformer.launcher.batch import as_shell, begin_job, end_job
 from dist_transformer.tracking.exits import Reason, begin_attempt, end_attempt, read_exits
 from dist_transformer.tracking.heartbeats import clear_beats, write_beat
@@ -113,6 +114,32 @@ def test_a_job_closes_what_it_left_open_itself(config: Path, monkeypatch: pytest
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     began = begin_job(str(config), [])
     assert (began.n_ends, read_exits(run_of(config))[0].reason) == (1, "killed")
+
+
+@pytest.mark.parametrize(
+    "states, alive",
+    [
+        (["RUNNING"], True),
+        (["COMPLETING", "COMPLETING", "CANCELLED"], False),
+        (["FAILED"], False),
+        ([""], False),
+    ],
+)
+def test_another_job_is_asked_for(
+    config: Path, monkeypatch: pytest.MonkeyPatch, states: list[str], alive: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    begin_attempt(run_of(config), 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    answers = iter(states)
+    monkeypatch.setattr(batch, "has_slurm", lambda: True)
+    monkeypatch.setattr(batch, "job_fields", lambda job: {"JobState": next(answers)} if job == "12" else {})
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    if alive:
+        with pytest.raises(LaunchError, match="is being trained by job 12"):
+            begin_job(str(config), [])
+    else:
+        assert begin_job(str(config), []).n_ends == 1
 
 
 def test_an_array_has_a_folder_for_each_seed(config: Path) -> None:
