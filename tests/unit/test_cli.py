@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dist_transformer import __version__, cli
-from dist_transformer.cli import prepare, run
+from dist_transformer.cli import generate, prepare, run
 from dist_transformer.config import load_config, preset_names
 from dist_transformer.errors import ConfigError, DataError, UserError
 
@@ -170,8 +170,8 @@ def test_every_bad_field_is_told(config: Path, capsys: pytest.CaptureFixture[str
 def test_options_of_decoding() -> None:
     parser = cli.build_parser()
     options = parser.parse_args(["generate", "run", "--beam-size", "2", "--length-penalty", "0.6"])
-    assert run._decoding(options) == {"beam_size": 2, "length_penalty": 0.6}
-    assert run._decoding(parser.parse_args(["generate", "run"])) == {}
+    assert generate.decoding_of(options) == {"beam_size": 2, "length_penalty": 0.6}
+    assert generate.decoding_of(parser.parse_args(["generate", "run"])) == {}
 
 
 def test_options_of_preparation_are_the_functions_own(monkeypatch: pytest.MonkeyPatch) -> None:
