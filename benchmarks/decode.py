@@ -130,6 +130,11 @@ class Team:
         for pipe in self.pipes:
             pipe.recv()
 
+    def end(self) -> None:
+        """Let the processes end."""
+        for pipe in self.pipes:
+            pipe.send(None)
+
     def decode(
         self, name: str, sources: list[list[int]], batch_tokens: int
     ) -> tuple[list[list[int]], float, float]:
@@ -159,7 +164,7 @@ def main() -> None:
     parser.add_argument("--beam-size", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -177,6 +182,8 @@ def main() -> None:
         shapes = sorted({(1, options.cores), (options.cores, 1)})
         teams = [Team(n, threads, *arguments) for n, threads in shapes]
         result = measure(teams, sources, options.batch_tokens, options.repeats)
+        for team in teams:
+            team.end()
     result |= {"beam_size": options.beam_size, "sentences": len(sources), "cores": options.cores}
     show(result, len(sources))
     if options.json:
