@@ -145,7 +145,10 @@ def _why_finished(run_dir: Path, config: Config) -> str:
     except (ConfigError, OSError):
         return ""
     # Whoever asks for more steps, or for more patience, wants it to go on.
-    same = before.train.steps == config.train.steps and before.evaluate == config.evaluate
+    same = (
+        before.train.steps == config.train.steps
+        and before.train.early_stopping == config.train.early_stopping
+    )
     return exits[-1].message or f"stopped early at {checkpoint}" if same else ""
 
 

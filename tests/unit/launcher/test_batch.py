@@ -61,7 +61,8 @@ def test_a_run_that_stopped_early_is_finished_until_somebody_asks_for_more(confi
     run_once(run_of(config), "early_stopped", 12, "no better for 4 evaluations")
     assert begin_job(str(config), []).finished == "no better for 4 evaluations"
     assert begin_job(str(config), ["train.steps=30"]).finished == ""
-    assert begin_job(str(config), ["evaluate.every=7"]).finished == ""
+    more = ["train.early_stopping.metric=eval/shards/loss", "train.early_stopping.patience=9"]
+    assert begin_job(str(config), more).finished == ""
     verdict = end_job(run_of(config), 3, 0)
     assert (verdict.verdict, verdict.why) == ("finished", "no better for 4 evaluations")
 
