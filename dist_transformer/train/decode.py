@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def iterate_lines(name: str | None) -> Iterator[str]:
                 yield line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start} of line {n_read:,}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
