@@ -219,7 +219,7 @@ def test_memory_does_not_grow_with_the_input(run_dir: Path, tmp_path: Path) -> N
         )
         done = subprocess.run(
             [sys.executable, "-c", code, "generate", str(run_dir), "--input", str(tmp_path / "in.txt"),
-             "--window", "20", "--output", os.devnull],
+             "--window", "200", "--output", os.devnull],
             capture_output=True, text=True, timeout=LIMIT_S, env=environment(),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
