@@ -1,8 +1,11 @@
 """slurm/train.sbatch on a real cluster: told to stop, or robbed of a node, the job goes on by itself."""
 
 import json
+import os
+import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -217,3 +220,26 @@ def test_a_node_that_is_not_fit_is_named_and_left_out(cluster: Cluster, config: 
     assert last.reason == "done"
     assert (run_dir / "excluded_nodes").read_text() == "node2\n"
     assert n_steps(run_dir) == 30
+
+
+def test_a_plain_user_may_requeue_a_job_without_a_node(cluster: Cluster) -> None:
+    """Also where Slurm and this test belong to root."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copy(ROOT / "slurm" / "job.sh", folder)
+        (folder / "excluded_nodes").write_text("node2\n")
+        script = folder / "job.sbatch"
+        script.write_text(
+            f"#!/usr/bin/env bash\nsource {folder}/job.sh\nrun_dir={folder}\n"
+            '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0\nrequeue\nexit 1\n'
+        )
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        as_user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+        options = ["--parsable", "--nodes=1-2", "--requeue", "--chdir=/tmp", "--output=/dev/null"]
+        job = Job(cluster, cluster.must(*as_user, "sbatch", *options, script).strip(), folder / "none")
+        job.finish()
+        fields = job.fields()
+    assert not fields["UserId"].startswith("root")
+    assert (fields["Restarts"], fields["ExcNodeList"], fields["NodeList"]) == ("1", "node2", "node1")
