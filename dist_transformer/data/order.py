@@ -110,7 +110,7 @@ def window_samples(n_samples: int, n_tokens: int, window: int, window_tokens: in
         n_readers: Lanes times corpora of the run: so many windows exist at the same time.
     """
     budget = min(window_tokens, RUN_WINDOW_TOKENS // n_readers)
-    return min(window, max(SMALLEST_WINDOW, budget * n_samples // max(1, n_tokens)))
+    return min(window, max(SMALLEST_WINDOW, budget * n_samples // n_tokens)) if n_tokens else window
 
 
 def corpus_seed(seed: int, corpus: int) -> int:

@@ -58,6 +58,7 @@ def test_the_same_rows_whatever_the_ranks_and_the_stops(tmp_path: Path, config: 
     found = {key for key in evaluated if key.startswith("eval/")}
     assert found == {
         "eval/en_de/loss", "eval/en_de/accuracy", "eval/en_de/bleu", "eval/en_de/chrf",
+        "eval/en_de/bleu_signature", "eval/en_de/chrf_signature",
         "eval/text/loss", "eval/text/accuracy",
     }  # fmt: skip
     samples = {path.name: path.read_text() for path in (whole / "samples").iterdir()}

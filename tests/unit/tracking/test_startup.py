@@ -14,7 +14,9 @@ from dist_transformer.tracking.startup import (
 )
 
 
-def test_phases_follow_each_other_and_add_up() -> None:
+def test_phases_follow_each_other_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # This process, which runs many tests, began long before.
+    monkeypatch.setattr("dist_transformer.tracking.startup.process_age_s", lambda: 10.0)
     now = time.time()
     stamps = f"queue={now - 100:.0f} batch_script={now - 60} torchrun={now - 50:.1f} broken srun="
     clock = StartClock({"DIST_TRANSFORMER_CLOCK": stamps})
