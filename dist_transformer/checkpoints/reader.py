@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -178,6 +178,30 @@ class CheckpointReader:
 
     def _damage(self, file: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{self.path / file}: cannot be loaded: {str(error).splitlines()[0]}")
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """A checkpoint's whole weights in float32 by name, each read when it is asked for and not kept.
+
+    Raises:
+        CheckpointError: if they cannot be read, or are not there.
+    """
+
+    def __init__(self, path: Path, which: Weights = "current") -> None:
+        check_files(path)
+        self._reader, self._which = CheckpointReader(path), which
+        self._reader.require(which)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._reader.shapes:
+            raise KeyError(name)
+        return self._reader.weight(name, self._which)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.shapes)
+
+    def __len__(self) -> int:
+        return len(self._reader.shapes)
 
 
 def load_weights(path: Path, which: Weights = "current") -> dict[str, Tensor]:

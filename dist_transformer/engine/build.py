@@ -1,6 +1,6 @@
 """A rank's part of the model with its weights, built so that no rank ever holds the whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -22,12 +22,12 @@ def build_part(
     mesh: Mesh,
     tp: TensorParallel,
     deepspeed_config: dict[str, Any],
-    weights: dict[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> EncoderDecoder:
     """The model as this rank holds it: its part of each layer, under ZeRO 3 its part of that.
 
-    One parameter at a time is drawn as a whole (the same for every layout), cut, and dropped: the most memory in use
-    is this rank's part and one parameter.
+    One parameter at a time is drawn as a whole (the same for every layout) or read, cut, and dropped: the most memory
+    in use is this rank's part and one parameter.
 
     Args:
         weights: whole weights by name, in place of drawn ones.
@@ -37,7 +37,7 @@ def build_part(
     """
     model = build_model(config.model)
     if weights is not None:
-        _check_weights(model, weights)
+        _check_names(model, weights)
     shard(model, tp)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     partition_over_dp = _partitioner(config, mesh, deepspeed_config, dtype)
@@ -45,9 +45,10 @@ def build_part(
     def build(name: str, empty: nn.Parameter) -> nn.Parameter:
         partition = partition_of(empty)
         shape = empty.shape if partition is None else partition.whole_shape(empty.shape)
-        whole = (
-            initial_value(name, shape, config.model, config.run.seed) if weights is None else weights[name]
-        )
+        if weights is None:
+            whole = initial_value(name, shape, config.model, config.run.seed)
+        else:
+            whole = _given(weights, name, shape)
         part = whole if partition is None else partition.cut(whole)
         # A tensor of its own, contiguous, also where nothing is converted: a view would keep the whole.
         value = torch.empty(part.shape, dtype=dtype, device=mesh.device).copy_(part)
@@ -88,14 +89,17 @@ def _register_readers(model: EncoderDecoder) -> None:
                 deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def _check_weights(model: EncoderDecoder, weights: dict[str, Tensor]) -> None:
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name in sorted(expected.keys() ^ weights.keys()):
-        where = "has no place in this model" if name in weights else "is missing"
+def _check_names(model: EncoderDecoder, weights: Mapping[str, Tensor]) -> None:
+    expected = {name for name, _ in model.named_parameters()}
+    for name in sorted(expected ^ set(weights)):
+        where = "is missing" if name in expected else "has no place in this model"
         raise CheckpointError(f"the given weights are another model's: {name} {where}")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise CheckpointError(
-                f"the given weights are another model's: {name} is {list(weights[name].shape)} there and "
-                f"{list(shape)} here"
-            )
+
+
+def _given(weights: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    weight = weights[name]
+    if weight.shape != shape:
+        raise CheckpointError(
+            f"the given weights are another model's: {name} is {list(weight.shape)} there and {list(shape)} here"
+        )
+    return weight

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class Engine:
         weights: initial weights by name, in place of random ones (fine-tuning).
     """
 
-    def __init__(self, config: Config, mesh: Mesh, weights: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, weights: Mapping[str, Tensor] | None = None) -> None:
         self.config, self.mesh = config, mesh
         self.deepspeed_config = build_deepspeed_config(config, mesh.dp_size)
         self.tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)

@@ -1,12 +1,13 @@
 """All that can be wrong with a run is found here, before any rank has started to train."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from dist_transformer.checkpoints.folder import check_model, find_checkpoint_in, latest_checkpoint
-from dist_transformer.checkpoints.reader import load_weights
+from dist_transformer.checkpoints.reader import StoredWeights
 from dist_transformer.config import Config, dump_config
 from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.check import check_data
@@ -101,14 +102,14 @@ def with_vocabulary(config: Config, n_tokens: int) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def initial_weights(config: Config) -> dict[str, Tensor] | None:
-    """Weights of `train.init_from`, or None to draw them.
+def initial_weights(config: Config) -> Mapping[str, Tensor] | None:
+    """Weights of `train.init_from`, each read when it is asked for; None: they are drawn.
 
     Raises:
         CheckpointError: if there is no checkpoint, or it is of another model.
     """
     checkpoint = _initial_checkpoint(config)
-    return None if checkpoint is None else load_weights(checkpoint)
+    return None if checkpoint is None else StoredWeights(checkpoint)
 
 
 def _initial_checkpoint(config: Config) -> Path | None:

@@ -86,6 +86,8 @@ def test_initial_weights(tmp_path: Path) -> None:
         assert weights is not None
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        # Read when asked for, and not kept: no rank holds the whole model while it is built.
+        assert all(weights[name] is not weights[name] for name in expected)
 
 
 @pytest.mark.parametrize(
