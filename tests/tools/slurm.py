@@ -1,8 +1,11 @@
 """A real Slurm cluster of two nodes on this machine, and jobs on it."""
 
 import contextlib
+import fcntl
 import os
+import random
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -141,6 +144,28 @@ def why_not(mode: str) -> str:
 
 
 @contextlib.contextmanager
+def _own_ports() -> Iterator[int]:
+    """The first of a hundred ports that no other cluster has, also not one of the same process.
+
+    Job numbers follow from it, and from those the ports at which ranks meet: so these differ too.
+    """
+    for port in random.sample(range(20000, 30000, 100), 100):
+        with (
+            (Path(tempfile.gettempdir()) / f"dt-slurm-{port}.lock").open("a") as lock,
+            socket.socket() as probe,
+        ):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                probe.bind(("", port))
+            except OSError:
+                continue
+            probe.close()
+            yield port
+            return
+    raise AssertionError("no free ports for a cluster")
+
+
+@contextlib.contextmanager
 def start_cluster(mode: str, environment: Mapping[str, str]) -> Iterator[Cluster]:
     """Two nodes; taken down at the end, whatever happens.
 
@@ -151,22 +176,23 @@ def start_cluster(mode: str, environment: Mapping[str, str]) -> Iterator[Cluster
     # Short: Slurm makes unix sockets below it. It must not exist, or the script takes it for somebody else's.
     folder = Path(tempfile.mkdtemp(prefix="dt-slurm-", dir="/tmp"))
     folder.chmod(0o755)  # munge insists
-    env = {
-        **{key: value for key, value in environment.items() if not key.startswith(("SLURM_", "SBATCH_"))},
-        "PATH": PATH,
-        "SLURMLAB_DIR": str(folder / "lab"),
-        "SLURMLAB_MODE": mode,
-        "SLURMLAB_NODES": "2",
-        "SLURMLAB_PORT": str(20000 + os.getpid() % 10000),
-        "SLURMLAB_SUBNET": f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}",
-        "SLURMLAB_SLURMD_TIMEOUT": "6",
-        "SLURM_CONF": str(folder / "lab" / "etc" / "slurm.conf"),
-    }
-    try:
-        up = subprocess.run([SCRIPT, "up"], env=env, capture_output=True, text=True, timeout=120)
-        assert up.returncode == 0, f"the cluster did not come up: {up.stderr}"
-        yield Cluster(env)
-    finally:
-        down = subprocess.run([SCRIPT, "down"], env=env, capture_output=True, text=True, timeout=120)
-        shutil.rmtree(folder, ignore_errors=True)
-        assert down.returncode == 0, down.stderr
+    with _own_ports() as port:
+        env = {
+            **{key: value for key, value in environment.items() if not key.startswith(("SLURM_", "SBATCH_"))},
+            "PATH": PATH,
+            "SLURMLAB_DIR": str(folder / "lab"),
+            "SLURMLAB_MODE": mode,
+            "SLURMLAB_NODES": "2",
+            "SLURMLAB_PORT": str(port),
+            "SLURMLAB_SUBNET": f"10.64.{port // 100 % 100}",
+            "SLURMLAB_SLURMD_TIMEOUT": "6",
+            "SLURM_CONF": str(folder / "lab" / "etc" / "slurm.conf"),
+        }
+        try:
+            up = subprocess.run([SCRIPT, "up"], env=env, capture_output=True, text=True, timeout=120)
+            assert up.returncode == 0, f"the cluster did not come up: {up.stderr}"
+            yield Cluster(env)
+        finally:
+            down = subprocess.run([SCRIPT, "down"], env=env, capture_output=True, text=True, timeout=120)
+            shutil.rmtree(folder, ignore_errors=True)
+            assert down.returncode == 0, down.stderr
