@@ -117,7 +117,7 @@ def uses_the_whole(mesh: Mesh) -> torch.Tensor:
     engine = Engine(config_of(case, mesh), mesh)
     with engine.whole_model() as model:
         sources = rows_of(packed=False).encoder_input_tokens
-        cache = model.start(sources, 4)
+        cache = model.start(sources)
         first = torch.zeros(len(sources), 1, dtype=torch.int64)
         return model.step(first, cache).detach()
 

@@ -165,7 +165,7 @@ def check_loss(tp: TensorParallel) -> None:
         entered = part.decoder.output_input(own).flatten(0, 1)
         found = linear_cross_entropy(entered, part.output_weight, targets, tp=tp, **options)
         for name, mine, theirs in zip(expected._fields, found, expected, strict=True):
-            assert float(mine) == pytest.approx(float(theirs), rel=RELATIVE), name
+            assert torch.allclose(mine.double(), theirs.double(), rtol=RELATIVE, atol=0), name
         expected.objective.backward()  # type: ignore[no-untyped-call]
         found.objective.backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None and own.grad is not None
@@ -201,7 +201,11 @@ def check_models(tp: TensorParallel) -> None:
         whole, part = twins(kind, tp)
         expected = TrainingModule(whole, train, alone).train()(batch)
         found = TrainingModule(part, train, tp).train()(batch)
-        assert [float(v) for v in found] == pytest.approx([float(v) for v in expected], rel=RELATIVE), kind
+        for mine, theirs in zip(found, expected, strict=True):
+            if mine.dim():  # positions are padded to what the ranks can share equally
+                n_rows = len(batch.decoder_target_tokens)
+                mine = mine.view(n_rows, -1)[:, : theirs.numel() // n_rows].flatten()
+            assert torch.allclose(mine.double(), theirs.double(), rtol=RELATIVE, atol=0), kind
         (expected.objective / expected.n_tokens).backward()
         (found.objective / found.n_tokens).backward()
         compare_gradients(part, whole, tp, kind)

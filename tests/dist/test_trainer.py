@@ -35,7 +35,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "target.txt").write_text("".join(f"{line.upper()[::-1]}\n" for line in sources))
     out = folder / "shards"
     prepare_pairs(
-        [(folder / "source.txt", folder / "target.txt")], out, vocab_size=400, n_shards=4, workers=1, held_out=N_HELD_OUT
+        [(folder / "source.txt", folder / "target.txt")], out,
+        vocab_size=400, n_shards=4, workers=1, held_out=N_HELD_OUT,
     )  # fmt: skip
     return out
 
