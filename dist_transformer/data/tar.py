@@ -1,7 +1,7 @@
 """Tar archives by their headers: what is not wanted is passed over unread, and nothing in them is trusted.
 
 WebDataset's reader goes through `tarfile` in streaming mode, which reads every byte on the way to a sample and
-costs about ten times as much for each member (docs/data.md has the figures).
+costs four to five times as much for each member (docs/data.md has the figures).
 """
 
 import os
