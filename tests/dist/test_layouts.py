@@ -84,10 +84,10 @@ def held(mesh: Mesh) -> list[tuple[int, StateBytes, int, float]]:
             engine.set_learning_rate(2)
             looks: list[tuple[StateBytes, int]] = []
             step = engine.deepspeed.step
-            engine.deepspeed.step = lambda: (looks.append((state_bytes(engine), live.now())), step())  # noqa: B023
+            engine.deepspeed.step = lambda: (looks.append((state_bytes(engine), live.settled())), step())  # noqa: B023
             engine.accumulate(batches, 50)
             engine.deepspeed.step = step
-            looks.append((state_bytes(engine), live.now()))
+            looks.append((state_bytes(engine), live.settled()))
         counted, alive = looks[0 if stage < 2 else 1]
         found.append(
             (stage, counted, alive, expected_bytes(engine.n_parameters, stage, mesh.dp_size, mesh.tp_size))

@@ -1,5 +1,6 @@
 """Counts the bytes of all tensors that are alive, as they come and go: the truth about memory on a CPU."""
 
+import gc
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,11 @@ class LiveBytes(TorchDispatchMode):
         if self._at_most > self.peak:
             self.peak = max(self.peak, self.now())
         return result
+
+    def settled(self) -> int:
+        """Bytes alive at present, without garbage that waits to be collected."""
+        gc.collect()
+        return self.now()
 
     def now(self) -> int:
         """Bytes alive at present."""
