@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
+from dist_transformer.model.dropout import dropout
 from dist_transformer.model.layers import Project
 from dist_transformer.model.positions import Rotation
 
@@ -65,13 +66,8 @@ class MultiHeadAttention(nn.Module):
         if self.n_groups > 1:
             k_BHSK = k_BHSK.repeat_interleave(self.n_groups, dim=1)
             v_BHSK = v_BHSK.repeat_interleave(self.n_groups, dim=1)
-        heads_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BHSK,
-            v_BHSK,
-            attn_mask=scores_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
+        heads_BHTK = _attend(
+            q_BHTK, k_BHSK, v_BHSK, scores_mask, self.scale, self.dropout if self.training else 0.0
         )
         out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
@@ -114,6 +110,23 @@ class MultiHeadAttention(nn.Module):
     def _split_heads(self, x_BTD: Tensor) -> Tensor:
         n_rows, length, _ = x_BTD.shape
         return x_BTD.view(n_rows, length, -1, self.head_dim).transpose(1, 2)
+
+
+def _attend(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, scores_mask: Tensor | None, scale: float, dropped: float
+) -> Tensor:
+    """softmax(scale Q K^T) V, [B, H, T, K], with dropout of the weights."""
+    if not dropped or q_BHTK.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BHSK, v_BHSK, attn_mask=scores_mask, dropout_p=dropped, scale=scale
+        )
+    # What torch does too, for want of a fused kernel with dropout on CPUs, but with our dropout.
+    scores_BHTS = (q_BHTK * scale) @ k_BHSK.transpose(-2, -1)
+    if scores_mask is not None and scores_mask.dtype == torch.bool:
+        scores_BHTS = scores_BHTS.masked_fill(~scores_mask, -torch.inf)
+    elif scores_mask is not None:
+        scores_BHTS = scores_BHTS + scores_mask
+    return dropout(scores_BHTS.softmax(dim=-1), dropped, True) @ v_BHSK
 
 
 def may_attend(query_segments_BT: Tensor, key_segments_BS: Tensor, causal: bool = False) -> Tensor:

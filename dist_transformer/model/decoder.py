@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig
 from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
 from dist_transformer.model.cache import KeyValueCache, LayerCache
+from dist_transformer.model.dropout import dropout
 from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
     def _finish(self, x_BTD: Tensor) -> Tensor:
         if self.final_norm is not None:
-            x_BTD = F.dropout(self.final_norm(x_BTD), self.stack.dropout, self.training)
+            x_BTD = dropout(self.final_norm(x_BTD), self.stack.dropout, self.training)
         if self.config.scale_logits:
             x_BTD = x_BTD * self.stack.d_model**-0.5
         hidden_BTD: Tensor = self.output_input(x_BTD)

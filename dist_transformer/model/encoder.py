@@ -1,11 +1,11 @@
 """The encoder: a stack of layers of self-attention and feed-forward (the paper, figure 1, left)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig
 from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
+from dist_transformer.model.dropout import dropout
 from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
@@ -67,5 +67,5 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x_BSD = layer(x_BSD, mask, rotation)
         if self.final_norm is not None:
-            x_BSD = F.dropout(self.final_norm(x_BSD), self.stack.dropout, self.training)
+            x_BSD = dropout(self.final_norm(x_BSD), self.stack.dropout, self.training)
         return x_BSD

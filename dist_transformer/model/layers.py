@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
+from dist_transformer.model.dropout import dropout
 from dist_transformer.model.positions import LearnedPositions, sinusoid_table
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,7 +48,7 @@ class StackInput(nn.Module):
             x_BTD = x_BTD + F.embedding(positions_BT, table.to(x_BTD.dtype))
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return F.dropout(x_BTD, self.dropout, self.training)
+        return dropout(x_BTD, self.dropout, self.training)
 
 
 class Project(nn.Module):
@@ -72,7 +73,7 @@ class AddNorm(nn.Module):
     def forward(self, x_BTD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `sublayer` to [B, T, D] with dropout on its output, add, normalise."""
         y_BTD = sublayer(self.norm(x_BTD) if self.pre else x_BTD)
-        sum_BTD = x_BTD + F.dropout(y_BTD, self.dropout, self.training)
+        sum_BTD = x_BTD + dropout(y_BTD, self.dropout, self.training)
         return sum_BTD if self.pre else self.norm(sum_BTD)
 
 
@@ -99,5 +100,5 @@ class FeedForward(nn.Module):
         else:
             gate_BTF, up_BTF = self.project(x_BTD, self.gate, self.up)
             inner_BTF = self.activation(gate_BTF) * up_BTF
-        out_BTD: Tensor = self.down(F.dropout(inner_BTF, self.dropout, self.training))
+        out_BTD: Tensor = self.down(dropout(inner_BTF, self.dropout, self.training))
         return out_BTD

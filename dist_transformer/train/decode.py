@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
 from pydantic import ValidationError
 
 from dist_transformer.config import GenerateConfig
@@ -71,6 +72,7 @@ class LineDecoder:
             name = ".".join(["generate", *map(str, problem["loc"])])
             raise ConfigError(f"{name}: {problem['msg'].removeprefix('Value error, ')}") from None
         check_n_best(self._config, n_best)
+        self._batch_tokens = self._config.batch_tokens
         self._write = _writer(run)
         self.max_source_len = run.config.data.max_source_len
 
@@ -82,7 +84,6 @@ class LineDecoder:
                 raise ConfigError("a model that fills gaps takes no prefixes: write the text around the gap")
             options["prefixes"] = [line.prefix or "" for line in lines]
 
-        @find_executable_batch_size(starting_batch_size=self._config.batch_tokens)  # type: ignore[untyped-decorator]
         def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
             return self._write(
                 run.model,
@@ -95,7 +96,7 @@ class LineDecoder:
                 **options,
             )
 
-        results: Sequence[Generated | Filled] = attempt()
+        results = self._within_memory(attempt)
         return [
             Decoded(
                 result.alternatives or ((result.text, result.score),),
@@ -104,6 +105,24 @@ class LineDecoder:
             )
             for result in results
         ]
+
+    def _within_memory(
+        self, attempt: Callable[[int], Sequence[Generated | Filled]]
+    ) -> Sequence[Generated | Filled]:
+        """Try with as many tokens a batch as memory allowed so far, and with fewer where it does not suffice.
+
+        accelerate's `find_executable_batch_size` would collect garbage before every window, which for a few short
+        lines takes longer than decoding them, and would run out of memory anew in each.
+        """
+        while True:
+            try:
+                return attempt(self._batch_tokens)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self._batch_tokens == 1:
+                    raise
+            # Out here, where the error and with it the frames that hold tensors are gone.
+            release_memory()
+            self._batch_tokens = max(1, self._batch_tokens // 2)
 
 
 def describe_cuts(lines: Sequence[Line], decoded: Sequence[Decoded], max_source_len: int) -> list[str]:

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_transformer.model.dropout import dropout
 from tests.unit.model.small import PRESETS, hidden_states, random_samples, small_model
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 ROWS = [random_samples(3)]
 
@@ -40,3 +43,52 @@ def test_attention_and_feed_forward_follow_dropout_unless_set() -> None:
     model = small_model("t5_v1_1_small", dropout=0.3)
     rates = {module.dropout for module in model.modules() if hasattr(module, "dropout")}
     assert rates == {0.3}
+
+
+class TestDropout:
+    """The function itself, on a CPU."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
+    def test_the_share_that_is_dropped_and_the_scale(self, probability: float, dtype: torch.dtype) -> None:
+        """A million draws: the share within 5 standard deviations, what is left scaled so that the mean stays."""
+        torch.manual_seed(1)
+        n = 1_000_003  # no multiple of four
+        y = dropout(torch.ones(n, dtype=dtype), probability, True)
+        n_dropped = int((y == 0).sum())
+        assert (
+            abs(n_dropped - n * probability) < 5 * (n * probability * (1 - probability)) ** 0.5 + n * 2**-16
+        )
+        kept = y[y != 0].double()
+        assert kept.min() == kept.max()
+        assert kept[0].item() == pytest.approx(
+            1 / (1 - probability), rel=1e-2 if dtype == torch.bfloat16 else 1e-3
+        )
+
+    def test_every_place_and_every_neighbour_is_drawn_by_itself(self) -> None:
+        """Four elements share a draw of 64 bits: each must be dropped as often, and no two together more often."""
+        torch.manual_seed(1)
+        n, probability = 200_000, 0.3
+        dropped = (dropout(torch.ones(n, 8), probability, True) == 0).double()
+        deviation = (probability * (1 - probability) / n) ** 0.5
+        assert (dropped.mean(dim=0) - probability).abs().max() < 5 * deviation
+        correlations = torch.corrcoef(dropped.T) - torch.eye(8)
+        assert correlations.abs().max() < 5 / n**0.5
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_gradient_passes_where_the_value_did(self, dtype: torch.dtype) -> None:
+        x = torch.randn(5, 7, 3, dtype=dtype).transpose(0, 1).requires_grad_()
+        y = dropout(x, 0.4, True)
+        assert y.dtype == dtype
+        y.backward(torch.ones_like(y))
+        assert x.grad is not None
+        assert torch.equal(x.grad == 0, y == 0)
+        assert x.grad.max().item() == pytest.approx(1 / 0.6, rel=1e-2)
+        assert torch.allclose((x * x.grad).double(), y.double(), rtol=1e-2)
+
+    def test_nothing_and_everything(self) -> None:
+        x = torch.randn(4)
+        assert dropout(x, 0.0, True) is x
+        assert dropout(x, 0.5, False) is x
+        assert not dropout(x, 1.0, True).any()
+        assert dropout(torch.empty(0, 3), 0.1, True).shape == (0, 3)
