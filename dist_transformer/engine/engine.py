@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_transformer.config import Config, Weights
 from dist_transformer.data.batch import Batch
+from dist_transformer.engine.allocator import keep_freed_memory
 from dist_transformer.engine.average import MovingAverage
 from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
@@ -52,6 +53,8 @@ class Engine:
 
     def __init__(self, config: Config, mesh: Mesh, weights: Mapping[str, Tensor] | None = None) -> None:
         self.config, self.mesh = config, mesh
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         self.deepspeed_config = build_deepspeed_config(config, mesh.dp_size)
         self.tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)
         model = build_part(config, mesh, self.tp, self.deepspeed_config, weights)
