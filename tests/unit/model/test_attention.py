@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
+from dist_transformer.model.attention import (
+    MultiHeadAttention,
+    _attend,
+    _attend_by_products,
+    may_attend,
+    scores_mask,
+)
 from dist_transformer.model.positions import RelativeBias, Rotation, sinusoid_table
 from tests.unit.model.small import small_config
 
@@ -68,6 +74,25 @@ def test_attention_by_the_formula(n_kv_heads: int) -> None:
         scores = (q @ k.transpose(1, 2) / math.sqrt(8)).masked_fill(~allowed[:, 0], -math.inf)
         heads.append(scores.softmax(-1) @ v)
     torch.testing.assert_close(actual, attention.o_proj(torch.cat(heads, dim=-1)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_do_what_the_fused_kernel_does(with_bias: bool) -> None:
+    """Values and gradients, with a boolean mask and with one that is trained."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64).transpose(1, 2) for n in (5, 7, 7))
+    allowed = may_attend(torch.tensor([[1, 1, 2, 2, 0]] * 2), torch.tensor([[1, 1, 1, 2, 2, 2, 0]] * 2))
+    bias = torch.randn(1, 3, 5, 7, dtype=torch.float64)
+    results = []
+    for attend in (_attend, _attend_by_products):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, bias)]
+        mask = scores_mask(allowed, leaves[3] if with_bias else None)
+        out = attend(*leaves[:3], mask, 0.3, 0.0)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in leaves if x.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 4 + with_bias
+    for fused, products in zip(*results, strict=True):
+        assert torch.allclose(fused, products, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
