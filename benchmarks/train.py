@@ -1,6 +1,7 @@
 """Training speed beside the peers', on the same pairs, shape, optimizer and threads, in one run.
 
-    dist-transformer prepare pairs --source train.en --target train.de --vocab-size 8000 --out SHARDS
+    dist-transformer prepare pairs --source train.en --target train.de --vocab-size 8000 --shards 18 \\
+        --out SHARDS
     .venv/bin/python -m benchmarks.train --shards SHARDS [--shape small base] [--ranks 1 2] [--repeats 3] [--json FILE]
 
 Each contestant is a process of its own, started in turn, `--repeats` times; medians are shown. Ours is the public
@@ -34,7 +35,7 @@ from dist_transformer.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW_LEN = 128
-"""Our rows' length, each side."""
+"""Our rows' source side; the target side is as much longer as the corpus's targets are."""
 CONTESTANTS = ("ours", *PEERS, "trainer")
 
 
@@ -93,6 +94,8 @@ class Setting:
     """Of each rank."""
     steps: int
     warm_up: int
+    target_len: int
+    """Our rows' target side."""
     overrides: tuple[str, ...]
     """Of our configuration."""
 
@@ -116,7 +119,7 @@ def our_config(setting: Setting, folder: Path) -> Path:
             "train": str(setting.shards.resolve()),
             "objective": "pairs",
             "max_source_len": ROW_LEN,
-            "max_target_len": ROW_LEN,
+            "max_target_len": setting.target_len,
         },
         "train": {
             "steps": setting.warm_up + setting.steps,
@@ -288,7 +291,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    _, vocab_size = read_pairs(options.shards)
+    pairs, vocab_size = read_pairs(options.shards)
+    n_source, n_target = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
     everything = {}
     for shape in options.shape:
         for ranks in options.ranks:
@@ -299,6 +303,7 @@ def main() -> None:
                 max(1, options.cores // ranks),
                 options.steps,
                 options.warm_up,
+                round(ROW_LEN * n_target / n_source),
                 tuple(options.overrides),
             )
             runs: dict[str, list[Figures]] = {name: [] for name in options.contestants}

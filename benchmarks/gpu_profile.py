@@ -1,0 +1,232 @@
+"""Where a step's time goes on the device, and what makes it wait: kernels by kind, synchronisations, recompilations."""
+
+import json
+import re
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_measure import WARM_UP, n_compilations, synchronize
+from benchmarks.gpu_ours import Trainee, config_of
+from benchmarks.gpu_plan import Setting
+from benchmarks.gpu_rows import Pool
+from benchmarks.gpu_task import Task
+from dist_transformer.parallel.mesh import open_mesh
+
+TRACED = 3
+"""Steps whose kernels are listed."""
+COUNTED_ROWS = 16
+"""Rows of the steps in which synchronisations are counted, at most: their number does not depend on it."""
+CHUNK = 10
+"""Steps of one trace: the profiler keeps so many kernels and no more."""
+TOP = 30
+MARGIN_S = 20.0
+"""To read a trace and write it down."""
+
+GROUPS: tuple[tuple[str, str], ...] = (
+    ("attention", r"flash|fmha|attention|sdpa|flex_att"),
+    ("communication", r"nccl|c10d"),
+    ("memcpy", r"memcpy|memset|^aten::(copy_|_to_copy|fill_|zero_)$"),
+    ("optimizer", r"adam|multi_tensor|foreach|optimizer"),
+    ("loss", r"softmax|nll|cross_entropy|logsumexp"),
+    ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|^aten::(mm|addmm|bmm|baddbmm)$"),
+)
+"""By a kernel's name, the first that fits; all others are norms, activations and other element-wise work."""
+ELEMENTWISE = "norm and elementwise"
+WAITS = (
+    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize",
+    "cuCtxSynchronize", "aten::_local_scalar_dense",
+)  # fmt: skip
+"""Calls in which the host waits for the device; `.item()` ends in the last one."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the profiler saw."""
+
+    name: str
+    on_device: bool
+    start_ns: int
+    duration_ns: int
+
+
+def group_of(kernel: str) -> str:
+    """Which part of a step a kernel (or, on a CPU, an operator) belongs to."""
+    name = kernel.lower()
+    return next((group for group, pattern in GROUPS if re.search(pattern, name)), ELEMENTWISE)
+
+
+def busy_ns(intervals: Iterable[tuple[int, int]]) -> int:
+    """Time in which at least one of them runs."""
+    total, until = 0, 0
+    for start, end in sorted(intervals):
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+class Trace:
+    """A profiler around some steps, and the time between their begin and end.
+
+    Args:
+        operators: With the host's operators, which cost time; else only the device's work and calls to it.
+    """
+
+    def __init__(self, setting: Setting, operators: bool) -> None:
+        self.setting = setting
+        kinds = [torch.profiler.ProfilerActivity.CPU] if operators or setting.device == "cpu" else []
+        if setting.device == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        self.profiler = torch.profiler.profile(activities=kinds)
+        self.wall_s = 0.0
+
+    def __enter__(self) -> "Trace":
+        synchronize(self.setting)
+        self.profiler.start()
+        self._began_ns, self._began = time.time_ns(), time.perf_counter()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        # Waits of ours and of the profiler are not the steps'.
+        self._ended_ns = time.time_ns()
+        synchronize(self.setting)
+        self.wall_s = time.perf_counter() - self._began
+        self.profiler.stop()
+
+    def events(self) -> list[Event]:
+        """Kernels, copies and calls, without the names that code gives to its parts."""
+        raw = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+        return [
+            Event(event.name(), event.device_type() == cuda, event.start_ns(), event.duration_ns())
+            for event in raw
+            if not event.is_user_annotation()
+        ]
+
+    def waits(self) -> Counter[str]:
+        """How often the host waited for the device while the steps ran, by call."""
+        return Counter(
+            event.name
+            for event in self.events()
+            if event.name in WAITS and self._began_ns <= event.start_ns <= self._ended_ns
+        )
+
+    def seconds_by_kernel(self) -> tuple[dict[str, tuple[float, int]], float]:
+        """(seconds and calls of each kernel or operator, seconds in which any ran)."""
+        found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        if self.setting.device == "cpu":
+            for row in self.profiler.key_averages():
+                found[row.key] = (row.self_cpu_time_total / 1e6, row.count)
+            return found, min(self.wall_s, sum(seconds for seconds, _ in found.values()))
+        kernels = [event for event in self.events() if event.on_device]
+        for event in kernels:
+            seconds, calls = found[event.name]
+            found[event.name] = (seconds + event.duration_ns / 1e9, calls + 1)
+        busy = busy_ns((event.start_ns, event.start_ns + event.duration_ns) for event in kernels)
+        return found, busy / 1e9
+
+
+def profile(task: Task) -> None:
+    """Kernels by group at the best size, and what waits or compiles in many steps; two files beside the results."""
+    setting, pool, preset = task.setting, Pool(task.setting), task.arguments["preset"]
+    mode = task.arguments.get("mode", "none")
+    rows = task.arguments.get("rows", setting.first_rows)
+    task.add(preset=preset, mode=mode, rows=rows)
+    with open_mesh() as mesh:
+        trainee = Trainee(config_of(setting, preset, mode, rows, pool.vocab_size), mesh, pool)
+        _list_kernels(task, trainee, rows)
+        _count_waits(task, trainee, min(rows, COUNTED_ROWS))
+    path = Path(setting.out) / f"trace-{preset}.json"
+    path.write_text(json.dumps(task.figures, indent=1))
+
+
+def _list_kernels(task: Task, trainee: Trainee, rows: int) -> None:
+    batches = list(islice(trainee.batches(rows), WARM_UP + TRACED))
+    for batch in batches[:WARM_UP]:
+        trainee.step(batch)
+    with Trace(task.setting, operators=True) as trace:
+        for batch in batches[WARM_UP:]:
+            trainee.step(batch)
+    kernels, busy_s = trace.seconds_by_kernel()
+    groups: dict[str, float] = defaultdict(float)
+    for name, (seconds, _) in kernels.items():
+        groups[group_of(name)] += seconds
+    groups["idle"] = max(0.0, trace.wall_s - busy_s)
+    top = sorted(kernels.items(), key=lambda item: -item[1][0])[:TOP]
+    task.add(
+        step_s=trace.wall_s / TRACED,
+        groups={
+            name: {"ms": 1e3 * seconds / TRACED, "share_pct": 100 * seconds / trace.wall_s}
+            for name, seconds in sorted(groups.items(), key=lambda item: -item[1])
+        },
+        kernels=[
+            {"name": name[:160], "group": group_of(name), "ms": 1e3 * seconds / TRACED, "calls": calls / TRACED}
+            for name, (seconds, calls) in top
+        ],
+        n_kernels=sum(calls for _, calls in kernels.values()) / TRACED,
+        waits_per_step={name: count / TRACED for name, count in trace.waits().items()},
+    )  # fmt: skip
+    _write_text(task, trace)
+
+
+def _write_text(task: Task, trace: Trace) -> None:
+    figures = task.figures
+    lines = [
+        f"{figures['preset']}, recomputation {figures['mode']}, {figures['rows']} rows: "
+        f"{1e3 * figures['step_s']:.1f} ms a step, {figures['n_kernels']:,.0f} kernels",
+        "",
+        f"{'':<24}{'ms a step':>12}{'share %':>10}",
+        *(f"{name:<24}{part['ms']:>12.2f}{part['share_pct']:>10.1f}" for name, part in figures["groups"].items()),
+        "",
+        f"{'ms a step':>12}{'calls':>8}  {'group':<22}kernel",
+        *(f"{k['ms']:>12.3f}{k['calls']:>8.0f}  {k['group']:<22}{k['name']}" for k in figures["kernels"]),
+        "",
+    ]  # fmt: skip
+    order = "self_device_time_total" if task.setting.device == "cuda" else "self_cpu_time_total"
+    lines.append(trace.profiler.key_averages().table(sort_by=order, row_limit=TOP, max_name_column_width=60))
+    (Path(task.setting.out) / f"profile-{figures['preset']}.txt").write_text("\n".join(lines))
+
+
+def _count_waits(task: Task, trainee: Trainee, rows: int) -> None:
+    """Many small steps: what waits for the device, where in the code, and what is compiled anew."""
+    setting = task.setting
+    batches = trainee.batches(rows)
+    for batch in islice(batches, WARM_UP):
+        trainee.step(batch)
+    compiled, n_steps, wall_s, waits = n_compilations(), 0, 0.0, Counter[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        while n_steps < setting.n_steps and (n_steps == 0 or task.time_left() > MARGIN_S):
+            with Trace(setting, operators=False) as trace:
+                _warn_of_waits(setting, "warn")
+                for batch in islice(batches, min(CHUNK, setting.n_steps - n_steps)):
+                    trainee.step(batch)
+                    n_steps += 1
+                _warn_of_waits(setting, "default")
+            waits += trace.waits()
+            wall_s += trace.wall_s
+    places = Counter(
+        f"{'/'.join(Path(warning.filename).parts[-3:])}:{warning.lineno}"
+        for warning in caught
+        if "synchronizing CUDA operation" in str(warning.message)
+    )
+    task.add(
+        counted={
+            "n_steps": n_steps, "rows": rows, "step_s": wall_s / n_steps, "waits": dict(waits),
+            "n_waits": waits.total(), "where": dict(places.most_common(20)),
+            "n_recompilations": n_compilations() - compiled,
+        }
+    )  # fmt: skip
+
+
+def _warn_of_waits(setting: Setting, mode: str) -> None:
+    """torch then names the line of Python that waits."""
+    if setting.device == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)

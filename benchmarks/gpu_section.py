@@ -1,0 +1,47 @@
+"""One section of benchmarks/gpu.py, as a process of its own: an out-of-memory or a crash ends no other.
+
+    python -m benchmarks.gpu_section SPEC.json RESULT.json
+
+SPEC.json is written by benchmarks/gpu.py; RESULT.json anew after every figure, so that one that is ended leaves what it
+had found.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from benchmarks.gpu_plan import Setting
+from benchmarks.gpu_task import Task, UnavailableError, first_line, is_out_of_memory
+
+MODULES = {
+    "environment": "benchmarks.gpu_checks",
+    "parity": "benchmarks.gpu_checks",
+    "ours": "benchmarks.gpu_ours",
+    "hf": "benchmarks.gpu_peers",
+    "profile": "benchmarks.gpu_profile",
+    "attention": "benchmarks.gpu_attention",
+}
+"""Where the function of each kind is; it has the kind's name and takes a Task."""
+
+
+def main() -> None:
+    """Do what SPEC.json says."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    setting = Setting(**{**spec["setting"], "overrides": tuple(spec["setting"]["overrides"])})
+    task = Task(setting, spec["arguments"], spec["started"], spec["deadline"], Path(sys.argv[2]))
+    try:
+        function = getattr(importlib.import_module(MODULES[spec["kind"]]), spec["kind"])
+        function(task)
+    except UnavailableError as error:
+        task.write("unavailable", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        task.write("out_of_memory" if is_out_of_memory(error) else "failed", first_line(error))
+    else:
+        task.write("ok", "")
+
+
+if __name__ == "__main__":
+    main()
