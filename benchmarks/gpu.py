@@ -153,12 +153,14 @@ def run_child(command: Sequence[str], environment: dict[str, str], limit_s: floa
             command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
         status: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(limit_s)
-        # Also after a good end: the compiler's workers may still be there. And if we are interrupted meanwhile.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit_s)
+        finally:
+            # Also after a good end, when the compiler's workers may still be there, and where we are stopped.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         log.seek(0)
         return status, log.read()
 
@@ -243,4 +245,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -127,8 +127,12 @@ def flex(case: Case, biased: bool = False) -> Attend:
     return attend
 
 
-def varlen(case: Case) -> Attend:
+def varlen(case: Case, packed: bool = False) -> Attend:
     """Flash attention over samples one behind the other, without padding or a mask.
+
+    Args:
+        packed: Take as many positions as there are tokens, as if they stood so: not the same function, but what it
+            costs a model that keeps its activations in this form from the embedding on.
 
     Raises:
         UnavailableError: if this torch or this device has none.
@@ -139,8 +143,12 @@ def varlen(case: Case) -> Attend:
         raise UnavailableError(f"this torch has no torch.nn.attention.varlen: {error}") from None
     if case.queries.device.type != "cuda":
         raise UnavailableError("torch.nn.attention.varlen needs a CUDA device")
-    is_query_BT, is_key_BS = case.queries != 0, case.keys != 0
     (ends_q, longest_q), (ends_k, longest_k) = map(_ends, (case.queries, case.keys))
+    # Indices, and not a boolean mask, whose size the host would have to wait for.
+    places_q, places_k = (
+        torch.arange(int((x != 0).sum()), device=x.device) if packed else x.flatten().nonzero().flatten()
+        for x in (case.queries, case.keys)
+    )
     options: dict[str, Any] = {}
     if case.causal:
         # Renamed between versions.
@@ -148,13 +156,15 @@ def varlen(case: Case) -> Attend:
         options = {"is_causal": True} if is_old else {"window_size": (-1, 0)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # A model that uses it would keep its activations in this form from the embedding on.
-        q_NHK = q.transpose(1, 2)[is_query_BT]
-        k_NHK, v_NHK = (x.transpose(1, 2)[is_key_BS] for x in (k, v))
+        rows_q, rows_k, rows_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        if packed:
+            q_NHK, k_NHK, v_NHK = rows_q[: len(places_q)], rows_k[: len(places_k)], rows_v[: len(places_k)]
+        else:
+            q_NHK = rows_q.index_select(0, places_q)
+            k_NHK, v_NHK = (x.index_select(0, places_k) for x in (rows_k, rows_v))
         heads_NHK: Any = varlen_attn(q_NHK, k_NHK, v_NHK, ends_q, ends_k, longest_q, longest_k, **options)
-        heads_BTHK = torch.zeros_like(q.transpose(1, 2))
-        heads_BTHK[is_query_BT] = heads_NHK
-        return heads_BTHK.transpose(1, 2)
+        heads = torch.zeros_like(rows_q).index_copy(0, places_q, heads_NHK)
+        return heads.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
     return attend
 
@@ -173,6 +183,7 @@ KERNELS: dict[str, tuple[Callable[[Case], Attend], bool | None]] = {
     "flex, block mask": (flex, False),
     "flex, block mask and T5 bias": (functools.partial(flex, biased=True), True),
     "varlen, with packing and unpacking": (varlen, False),
+    "varlen, packed before: a lower bound": (functools.partial(varlen, packed=True), None),
     "sdpa, no mask: a lower bound": (sdpa_unmasked, None),
 }
 """Each with whether it has a bias; None: nothing to compare it with."""
@@ -213,10 +224,11 @@ def _measure(setting: Setting, case: Case, attend: Attend, biased: bool | None) 
     generator = torch.Generator().manual_seed(7)
     (n_rows, n_queries), n_keys = case.queries.shape, case.keys.shape[1]
     lengths = (n_queries, n_keys, n_keys, n_queries)
+    # As the model has them: positions first in memory, heads second.
     q, k, v, out_grad = (
-        torch.randn(n_rows, case.n_heads, length, case.head_dim, generator=generator).to(
-            device=setting.device, dtype=torch.bfloat16
-        )
+        torch.randn(n_rows, length, case.n_heads, case.head_dim, generator=generator)
+        .to(device=setting.device, dtype=torch.bfloat16)
+        .transpose(1, 2)
         for length in lengths
     )
     # What a query on padding gives is used nowhere.

@@ -79,7 +79,9 @@ class Peer:
         if task.arguments["compiled"]:
             # Widths and rows differ from bucket to bucket: one graph for all instead of one for each, also where
             # two of them happen to be equal.
-            torch.fx.experimental._config.use_duck_shape = False
+            from torch.fx.experimental import _config as shape_config
+
+            shape_config.use_duck_shape = False
             self.forward = torch.compile(self.model, dynamic=True, backend=task.setting.compile_backend)
 
     def step(self, batch: Batch) -> Tensor:

@@ -120,7 +120,7 @@ def _training(sections: Sections) -> Iterator[str]:
         what = (
             f"{name} ({found['attention']})"
             if "attention" in found
-            else name.replace("largest", found["preset"])
+            else name.replace("largest", found.get("preset", "largest"))
         )
         yield (
             f"| {what} | {best['rows']} | {best['tokens_per_s']:,.0f} | {best['useful_tflops']:,.2f} | "

@@ -26,12 +26,25 @@ MODULES = {
 """Where the function of each kind is; it has the kind's name and takes a Task."""
 
 
+def check_device(setting: Setting) -> None:
+    """Large models must not be trained on a CPU by mistake.
+
+    Raises:
+        RuntimeError: if there is no GPU where one was asked for.
+    """
+    import torch
+
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} finds no CUDA device here")
+
+
 def main() -> None:
     """Do what SPEC.json says."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     setting = Setting(**{**spec["setting"], "overrides": tuple(spec["setting"]["overrides"])})
     task = Task(setting, spec["arguments"], spec["started"], spec["deadline"], Path(sys.argv[2]))
     try:
+        check_device(setting)
         function = getattr(importlib.import_module(MODULES[spec["kind"]]), spec["kind"])
         function(task)
     except UnavailableError as error:
