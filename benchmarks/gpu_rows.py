@@ -111,7 +111,7 @@ class Pool:
         chosen = pairs[: self.setting.n_samples]
         limits = self.setting.source_len, self.setting.target_len
         sides = [
-            [np.asarray([*pair[side][: limit - 1], EOS_ID], np.uint32) for pair in chosen]
+            [np.asarray([*pair[side][:-1][: limit - 1], EOS_ID], np.uint32) for pair in chosen]
             for side, limit in enumerate(limits)
         ]
         source, target = (

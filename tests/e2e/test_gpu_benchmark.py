@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_measure import Figures, search
 from benchmarks.gpu_plan import Section, Setting, chosen, plan
 from benchmarks.gpu_profile import ELEMENTWISE, busy_ns, group_of
 from benchmarks.gpu_report import targets, write_table
+from benchmarks.gpu_section import check_device
 from benchmarks.gpu_task import Task
 from tests.e2e.conftest import ROOT, environment
 
@@ -209,6 +211,13 @@ def test_a_child_that_is_killed_is_told_from_one_that_ends() -> None:
     code = "import os, signal; print('so far', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     assert gpu.run_child([sys.executable, "-c", code], {}, 30.0) == (-9, "so far\n")
     assert gpu.run_child([sys.executable, "-c", "print(1)"], {}, 30.0) == (0, "1\n")
+
+
+def test_without_a_gpu_nothing_trains_on_the_cpu_by_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_device(Setting("cpu"))
+    with pytest.raises(RuntimeError, match="finds no CUDA device"):
+        check_device(Setting("cuda"))
 
 
 def test_the_search_ends_where_memory_does(tmp_path: Path) -> None:
