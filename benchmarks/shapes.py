@@ -63,6 +63,12 @@ def read_pairs(shards: Path) -> tuple[list[Pair], int]:
     return pairs, manifest.vocab_size
 
 
+def target_len(pairs: list[Pair], source_len: int) -> int:
+    """The length of a row's target side that is filled when its source side is."""
+    n_source, n_target = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+    return round(source_len * n_target / n_source)
+
+
 def batches_by_length(pairs: list[Pair], seed: int, n_tokens: int = TARGET_TOKENS) -> Iterator[list[Pair]]:
     """For ever: pairs of like lengths, as many as make n_tokens of the longer side; in random order.
 
@@ -109,5 +115,6 @@ __all__ = [
     "batches_by_length",
     "padded",
     "read_pairs",
+    "target_len",
     "work_of",
 ]

@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from benchmarks.peers import DROPOUT, LEARNING_RATE, PEERS
-from benchmarks.shapes import SHAPES, TARGET_TOKENS, read_pairs
+from benchmarks.shapes import SHAPES, TARGET_TOKENS, read_pairs, target_len
 from dist_transformer.model.flops import Work
 from dist_transformer.tracking import read_metrics
 
@@ -292,7 +292,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pairs, vocab_size = read_pairs(options.shards)
-    n_source, n_target = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
     everything = {}
     for shape in options.shape:
         for ranks in options.ranks:
@@ -303,7 +302,7 @@ def main() -> None:
                 max(1, options.cores // ranks),
                 options.steps,
                 options.warm_up,
-                round(ROW_LEN * n_target / n_source),
+                target_len(pairs, ROW_LEN),
                 tuple(options.overrides),
             )
             runs: dict[str, list[Figures]] = {name: [] for name in options.contestants}

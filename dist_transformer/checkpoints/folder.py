@@ -140,7 +140,7 @@ def find_checkpoint_in(path: Path, which: str | None = None) -> Path:
     """A checkpoint that is named itself, or one of the run directory that is.
 
     Args:
-        which: of a run's: `latest` (default), `best`, a step's number, or a folder's name.
+        which: of a run's: `latest` (default), `best`, a step's number, or a folder's name or path.
 
     Raises:
         CheckpointError: if there is none.
@@ -164,7 +164,9 @@ def find_checkpoint_in(path: Path, which: str | None = None) -> Path:
             )
         return checkpoint
     assert which is not None
-    named = checkpoints_dir(path) / (checkpoint_name(int(which)) if which.isdigit() else which)
+    if Path(which).name != which and Path(which).parent.resolve() != checkpoints_dir(path).resolve():
+        raise CheckpointError(f"{which} is not a checkpoint of {path}: give one or the other")
+    named = checkpoints_dir(path) / (checkpoint_name(int(which)) if which.isdigit() else Path(which).name)
     if not (named / "trainer.json").exists():
         names = [other.name for other in list_checkpoints(path)]
         there = f"there are {', '.join(names)}" if names else "there is none"

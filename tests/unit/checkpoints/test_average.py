@@ -212,11 +212,13 @@ def test_choosing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = run_dir / "checkpoints"
     assert find_checkpoint_in(run_dir).name == find_checkpoint_in(run_dir, "latest").name == "step-00000040"
     assert find_checkpoint_in(run_dir, "20") == find_checkpoint_in(run_dir, "step-00000020")
+    assert find_checkpoint_in(run_dir, str(root / "step-00000020")) == root / "step-00000020"
     assert find_checkpoint_in(root / "step-00000010") == root / "step-00000010"
     for path, which, says in (
         (run_dir, "best", "no checkpoint is marked as the best"),
         (run_dir, "15", "has no checkpoint step-00000015: there are step-00000010"),
         (root / "step-00000010", "best", "is a checkpoint itself"),
+        (run_dir, f"{run_dir}-other/checkpoints/step-00000010", "is not a checkpoint of"),
     ):
         with pytest.raises(CheckpointError, match=says):
             find_checkpoint_in(path, which)
