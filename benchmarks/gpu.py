@@ -25,8 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_plan import MODES, PRESETS, Section, Setting, chosen, plan
-from benchmarks.gpu_report import best_of, describe, targets, write_table
+from benchmarks.gpu_sections.plan import MODES, PRESETS, Section, Setting, chosen, plan
+from benchmarks.gpu_sections.report import best_of, describe, targets, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED = ("failed", "timed_out")
@@ -91,7 +91,7 @@ class Runner:
                 "arguments": self._arguments(section),
             }  # fmt: skip
             spec.write_text(json.dumps(content))
-            command = [sys.executable, "-m", "benchmarks.gpu_section", str(spec), str(result)]
+            command = [sys.executable, "-m", "benchmarks.gpu_sections", str(spec), str(result)]
             status, log = run_child(command, self._environment(), limit_s)
             found: dict[str, Any] = {"status": "failed", "reason": "", "figures": {}}
             if result.exists():

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_measure import Figures, search
-from benchmarks.gpu_plan import Section, Setting, chosen, plan
-from benchmarks.gpu_profile import ELEMENTWISE, busy_ns, group_of
-from benchmarks.gpu_report import targets, write_table
-from benchmarks.gpu_section import check_device
-from benchmarks.gpu_task import Task
+from benchmarks.gpu_sections.__main__ import check_device
+from benchmarks.gpu_sections.measure import Figures, search
+from benchmarks.gpu_sections.plan import Section, Setting, chosen, plan
+from benchmarks.gpu_sections.profile import ELEMENTWISE, busy_ns, group_of
+from benchmarks.gpu_sections.report import targets, write_table
+from benchmarks.gpu_sections.task import Task
 from tests.e2e.conftest import ROOT, environment
 
 PRESETS = ("modern_large", "t5_v1_1_large", "no_such_preset")

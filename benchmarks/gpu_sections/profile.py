@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_measure import WARM_UP, n_compilations, synchronize
-from benchmarks.gpu_ours import Trainee, config_of
-from benchmarks.gpu_plan import Setting
-from benchmarks.gpu_rows import Pool
-from benchmarks.gpu_task import Task
+from benchmarks.gpu_sections.measure import WARM_UP, n_compilations, synchronize
+from benchmarks.gpu_sections.ours import Trainee, config_of
+from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.rows import Pool
+from benchmarks.gpu_sections.task import Task
 from dist_transformer.parallel.mesh import open_mesh
 
 TRACED = 3

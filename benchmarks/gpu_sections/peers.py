@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_measure import Figures, Peaks, search, time_size
-from benchmarks.gpu_ours import config_of
-from benchmarks.gpu_rows import Pool
-from benchmarks.gpu_task import Task, UnavailableError, first_line
+from benchmarks.gpu_sections.measure import Figures, Peaks, search, time_size
+from benchmarks.gpu_sections.ours import config_of
+from benchmarks.gpu_sections.rows import Pool
+from benchmarks.gpu_sections.task import Task, UnavailableError, first_line
 from dist_transformer.config import ModelConfig
 from dist_transformer.data.batch import EOS_ID, PAD_ID, Batch
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_plan import Setting
-from benchmarks.gpu_rows import work_of
-from benchmarks.gpu_task import Task, is_out_of_memory
+from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.rows import work_of
+from benchmarks.gpu_sections.task import Task, is_out_of_memory
 from dist_transformer.config import ModelConfig
 from dist_transformer.data.batch import Batch
 from dist_transformer.model.flops import Work, training_flops

@@ -62,7 +62,7 @@ class Section:
     name: str
     """Such as `ours/modern_large/full`."""
     kind: str
-    """Which function of benchmarks/gpu_section.py does it."""
+    """Which function of benchmarks/gpu_sections/__main__.py does it."""
     limit_s: float
     """After that it is ended; what it has found by then stays."""
     least_s: float

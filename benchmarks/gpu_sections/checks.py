@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_measure import synchronize
-from benchmarks.gpu_plan import Setting
-from benchmarks.gpu_task import Task
+from benchmarks.gpu_sections.measure import synchronize
+from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.task import Task
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("deepspeed", "transformers", "triton", "pytest", "numpy", "pydantic")
 GEMMS = (
     (4096, 4096, 4096),
@@ -142,8 +142,8 @@ def parity(task: Task) -> None:
 
 def _compare(setting: Setting, preset: str, mesh: Any) -> dict[str, Any]:
     """Losses of the first steps in both precisions; loss and gradient norm of the same samples in other rows."""
-    from benchmarks.gpu_ours import config_of
-    from benchmarks.gpu_rows import Pool
+    from benchmarks.gpu_sections.ours import config_of
+    from benchmarks.gpu_sections.rows import Pool
     from dist_transformer.engine.engine import Engine
 
     pool = Pool(setting)

@@ -1,6 +1,6 @@
 """One section of benchmarks/gpu.py, as a process of its own: an out-of-memory or a crash ends no other.
 
-    python -m benchmarks.gpu_section SPEC.json RESULT.json
+    python -m benchmarks.gpu_sections SPEC.json RESULT.json
 
 SPEC.json is written by benchmarks/gpu.py; RESULT.json anew after every figure, so that one that is ended leaves what it
 had found.
@@ -12,16 +12,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from benchmarks.gpu_plan import Setting
-from benchmarks.gpu_task import Task, UnavailableError, first_line, is_out_of_memory
+from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.task import Task, UnavailableError, first_line, is_out_of_memory
 
 MODULES = {
-    "environment": "benchmarks.gpu_checks",
-    "parity": "benchmarks.gpu_checks",
-    "ours": "benchmarks.gpu_ours",
-    "hf": "benchmarks.gpu_peers",
-    "profile": "benchmarks.gpu_profile",
-    "attention": "benchmarks.gpu_attention",
+    "environment": "benchmarks.gpu_sections.checks",
+    "parity": "benchmarks.gpu_sections.checks",
+    "ours": "benchmarks.gpu_sections.ours",
+    "hf": "benchmarks.gpu_sections.peers",
+    "profile": "benchmarks.gpu_sections.profile",
+    "attention": "benchmarks.gpu_sections.attention",
 }
 """Where the function of each kind is; it has the kind's name and takes a Task."""
 

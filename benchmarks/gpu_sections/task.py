@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_plan import Setting
+from benchmarks.gpu_sections.plan import Setting
 
 
 class UnavailableError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gpu_plan import Setting
+from benchmarks.gpu_sections.plan import Setting
 from dist_transformer.data.batch import EOS_ID, UNK_ID, Batch
 from dist_transformer.data.hashing import Int64
 from dist_transformer.data.packing import bucket, pack

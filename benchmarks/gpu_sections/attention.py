@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_measure import synchronize
-from benchmarks.gpu_ours import config_of
-from benchmarks.gpu_plan import Setting
-from benchmarks.gpu_rows import Pool
-from benchmarks.gpu_task import Task, UnavailableError, first_line
+from benchmarks.gpu_sections.measure import synchronize
+from benchmarks.gpu_sections.ours import config_of
+from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.rows import Pool
+from benchmarks.gpu_sections.task import Task, UnavailableError, first_line
 from dist_transformer.model.attention import may_attend, scores_mask
 
 ROWS, TINY_ROWS = 32, 2

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_measure import Figures, Peaks, search, time_size
-from benchmarks.gpu_plan import LARGEST, Setting
-from benchmarks.gpu_rows import Pool
-from benchmarks.gpu_task import Task, UnavailableError
+from benchmarks.gpu_sections.measure import Figures, Peaks, search, time_size
+from benchmarks.gpu_sections.plan import LARGEST, Setting
+from benchmarks.gpu_sections.rows import Pool
+from benchmarks.gpu_sections.task import Task, UnavailableError
 from dist_transformer.config import Config, build_config, preset_names
 from dist_transformer.data.batch import Batch
 from dist_transformer.model import build_model

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/gpu.py`: its plan, what each section measures, the report."""
