@@ -103,6 +103,9 @@ class DataConfig(Section):
     """Tokens in a row of the encoder."""
     max_target_len: PositiveInt = 114
     """Tokens in a row of the decoder; 114 is what span corruption makes of sources of 512."""
+    subword_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which a training token falls apart into the two tokens that BPE merged it from, and those again
+    (Provilkov et al. 2020; Sims et al. 2025), for corpora of little text: 0.1 is usual. Held-out text stays whole."""
     too_long: TooLong = "truncate"
     """What happens to a pair that is longer than a row; counted in any case. Plain text is always split."""
     packing: bool = True

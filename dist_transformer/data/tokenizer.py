@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dist_transformer.errors import DataError
@@ -145,6 +147,27 @@ class TextTokenizer:
     def save(self, path: str | Path) -> None:
         """Write the `tokenizer.json`, byte for byte what was loaded or trained."""
         Path(path).write_bytes(self.content.encode("utf-8"))
+
+    def parents(self) -> NDArray[np.int32]:
+        """[vocab_size, 2] the two tokens that BPE merged each token from, -1 where it was not.
+
+        Raises:
+            DataError: the tokenizer is no BPE, or has no merges.
+        """
+        model = json.loads(self.content)["model"]
+        if not model.get("merges"):
+            raise DataError(
+                f"data.subword_dropout undoes the merges of BPE, and this tokenizer ({model.get('type', 'unknown')}) "
+                "has none: leave it at 0, or prepare with --model bpe"
+            )
+        vocabulary, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
+        parents = np.full((self.vocab_size, 2), -1, np.int32)
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            merged = vocabulary[left + right.removeprefix(prefix)]
+            if parents[merged, 0] < 0:  # a token that two merges make is made by the earlier one
+                parents[merged] = vocabulary[left], vocabulary[right]
+        return parents
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without EOS. Special tokens written in the text are encoded as plain text."""

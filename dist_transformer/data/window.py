@@ -13,6 +13,7 @@ from dist_transformer.data.packing import bucket
 from dist_transformer.data.ragged import ragged_indices, starts_of
 from dist_transformer.data.reader import RawWindow
 from dist_transformer.data.rows import Rows
+from dist_transformer.data.subwords import SubwordDropout
 from dist_transformer.data.tokenizer import TextTokenizer
 
 
@@ -25,6 +26,7 @@ class WindowPlan:
     shuffle: bool
     packing: bool
     bucket_tokens: int | None = None
+    subword_dropout: SubwordDropout | None = None
 
     @classmethod
     def build(
@@ -33,10 +35,13 @@ class WindowPlan:
         """The plan of a corpus.
 
         Raises:
-            DataError: the rows are too short for the objective, or the tokenizer lacks tokens that it needs.
+            DataError: the rows are too short for the objective, or the tokenizer lacks tokens that it needs, or
+                merges.
         """
         objective = build_objective(data, corpus, tokenizer)
-        return cls(objective, seed, shuffle, data.packing, data.bucket_tokens)
+        p = data.subword_dropout
+        dropout = SubwordDropout(p, tokenizer.parents()) if p else None
+        return cls(objective, seed, shuffle, data.packing, data.bucket_tokens, dropout)
 
     def build_rows(
         self, raw: RawWindow, *, epoch: int, shard: int, window: int, location: str
@@ -51,6 +56,8 @@ class WindowPlan:
             location: What messages call the shard.
         """
         samples = Window(raw.fields, raw.indices, noise_key(self.seed, epoch, shard), location)
+        if self.subword_dropout is not None:
+            samples = self.subword_dropout(samples)
         pieces, n_pieces = self._lay_out(samples, window_key(self.seed, epoch, shard, window))
         if self.shuffle:
             # Rows come out with what fits easily first, buckets in the order of length.
@@ -76,10 +83,12 @@ class WindowPlan:
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows, as plain JSON: a resume must find the same values."""
+        dropout = self.subword_dropout
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
             "packing": self.packing,
             "bucket_tokens": self.bucket_tokens,
+            **({} if dropout is None else {"subword_dropout": dropout.probability}),
             **self.objective.describe(),
         }

@@ -1,15 +1,23 @@
 """Windows: their rows in every layout, what is counted, and fingerprints that batches and padding do not change."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dist_transformer.config.data import DataConfig
+from dist_transformer.data.held_out import eval_batches
+from dist_transformer.data.objectives import Window
+from dist_transformer.data.prepare import prepare_pairs
 from dist_transformer.data.reader import RawWindow
 from dist_transformer.data.rows import COUNTS, PlacedRows, Rows, assemble
+from dist_transformer.data.subwords import SubwordDropout
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.data.window import WindowPlan
+from dist_transformer.errors import DataError
+from tests.unit.data.conftest import sentences
+from tests.unit.data.prepared import OPTIONS, write_pairs
 
 LENGTHS = {"max_source_len": 64, "max_target_len": 48}
 LAYOUTS: list[dict[str, Any]] = [
@@ -148,3 +156,66 @@ def test_fingerprints_tell_rows_apart(tokenizer: TextTokenizer, change: str) -> 
         numbers = numbers[::-1].copy()
     changed = Rows(source, target, rows.source_lengths, rows.target_lengths, rows.n_samples, rows.counts)
     assert assemble(placed(changed, numbers), 64, 48, fingerprint=True).fingerprint != before
+
+
+def test_subword_dropout_changes_the_spelling_and_nothing_else(tokenizer: TextTokenizer) -> None:
+    """Texts stay what they are; each epoch and each sample draws anew; where a sample stands does not matter."""
+    texts = sentences(300)
+    ids = tokenizer.encode_batch(texts)
+    lengths = np.array([len(sample) for sample in ids])
+    flat = np.concatenate(ids).astype(np.uint16)
+    raw = RawWindow(0, ((flat, lengths), (flat, lengths)), np.arange(300))
+    layout = {"objective": "pairs", "max_source_len": 512, "max_target_len": 512}
+    plain = plan_of(tokenizer, **layout)
+    noisy = plan_of(tokenizer, subword_dropout=0.2, **layout)
+
+    def spellings(rows: Rows) -> list[list[int]]:
+        return [part.tolist() for part in np.split(rows.target_tokens, np.cumsum(rows.target_lengths)[:-1])]
+
+    def by_text(rows: Rows) -> dict[str, list[int]]:
+        return {tokenizer.decode(spelling): spelling for spelling in spellings(rows)}
+
+    rows = rows_of(noisy, raw)
+    assert sorted(map(tokenizer.decode, spellings(rows))) == sorted(texts)
+    assert by_text(rows) == by_text(rows_of(noisy, raw))
+    again, whole = by_text(rows_of(noisy, raw, epoch=1)), by_text(rows_of(plain, raw))
+    differ = [text for text in whole if by_text(rows)[text] != whole[text]]
+    assert len(differ) > 0.5 * len(whole) and by_text(rows) != again
+    assert rows.source_tokens.tolist() != rows.target_tokens.tolist(), "the sides draw by themselves"
+    # The second half of the window alone: a sample's spelling is its own.
+    half = RawWindow(
+        150, tuple((flat[lengths[:150].sum() :], lengths[150:]) for _ in "12"), np.arange(150, 300)
+    )
+    assert by_text(rows_of(noisy, half)).items() <= by_text(rows).items()
+    assert noisy.describe()["subword_dropout"] == 0.2 and "subword_dropout" not in plain.describe()
+
+
+def test_how_many_tokens_subword_dropout_splits(tokenizer: TextTokenizer) -> None:
+    merged = int(np.flatnonzero(tokenizer.parents()[:, 0] >= 0)[0])  # of two bytes, which do not split again
+    flat, lengths = np.full(20_000, merged, np.uint16), np.full(1, 20_000)
+    dropout = SubwordDropout(0.1, tokenizer.parents())
+    ((split, sizes),) = dropout(Window(((flat, lengths),), np.zeros(1, np.int64), key=5)).fields
+    assert sizes.tolist() == [len(split)] and 1_800 < len(split) - 20_000 < 2_200
+    assert tokenizer.decode(split.tolist()) == tokenizer.decode(flat.tolist())
+
+
+def test_subword_dropout_needs_merges() -> None:
+    unigram = TextTokenizer.train(iter(sentences(300)), 400, "unigram")
+    with pytest.raises(DataError, match=r"data.subword_dropout .*Unigram.* prepare with --model bpe"):
+        plan_of(unigram, objective="pairs", subword_dropout=0.1)
+
+
+def test_held_out_text_is_never_split(tmp_path: Path) -> None:
+    source, target = write_pairs(tmp_path)
+    prepare_pairs([(source, target)], tmp_path / "shards", **OPTIONS)
+    rows = []
+    for p in (0.0, 0.5):
+        data = DataConfig(
+            train=str(tmp_path / "shards"),
+            eval=str(tmp_path / "shards"),
+            objective="pairs",
+            subword_dropout=p,
+        )
+        batches = eval_batches(data, data.corpora()[0], seed=1, dp_rank=0, dp_size=1, micro_batch_size=4)
+        rows.append([batch.decoder_target_tokens.tolist() for batch in batches])
+    assert rows[0] == rows[1]
