@@ -7,6 +7,7 @@
 #   describe_e2e            {train,val}.{mr,ref}          E2E NLG challenge, a meaning representation or sentence a line
 #   pronounce_cmudict       {train,val}.tsv               "word TAB phonemes", one pronunciation a line
 #   pretrain_novels         train-*.txt[.gz], val.txt     a paragraph a line, an empty line between books
+#   finetune_e2e            as describe_e2e; goes on from what pretrain_novels left
 # Shards that are there are used again. Run it again to go on with a run that was stopped.
 set -euo pipefail
 recipe=${1:?usage: $0 RECIPE DATA_DIR [section.key=value ...]}
@@ -60,6 +61,13 @@ case $recipe in
     cut -f2 "$letters/val.tsv" >"$letters/val.phonemes"
     $cli evaluate "$run" --source "$letters/val.letters" --reference "$letters/val.phonemes" --output "$run/val.hyp" \
       --group-sources --metrics per,exact_match
+    ;;
+  finetune_e2e)
+    prepare pairs --source "$data/train.mr" --target "$data/train.ref" \
+      --eval-source "$data/val.mr" --eval-target "$data/val.ref" --tokenizer shards/novels/tokenizer.json
+    train "$@"
+    $cli evaluate "$run" --source "$data/val.mr" --reference "$data/val.ref" --output "$run/val.hyp" \
+      --group-sources --lowercase
     ;;
   pretrain_novels)
     prepare text "$data"/train-*.txt* --eval-files "$data/val.txt" --documents paragraph --vocab-size 8000
