@@ -24,7 +24,7 @@ from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import save_checkpoint
 from dist_transformer.errors import CheckpointError
 from dist_transformer.train.prepare_run import initial_weights
-from tests.unit.engine.test_publishing import count_calls, fake_engine, names, write_step
+from tests.unit.engine.published import count_calls, fake_engine, names, write_step
 
 
 def save(engine: Engine, step: int, best: int | None = None) -> Path:

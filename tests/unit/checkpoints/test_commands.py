@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dist_transformer.cli import main
-from tests.unit.engine.test_publishing import fake_engine, save
+from tests.unit.engine.published import fake_engine, save
 
 
 @pytest.fixture

@@ -1,109 +1,30 @@
-"""A crash at any instant of saving leaves `latest` naming a complete checkpoint; left-overs go at the next save.
-
-The engine's part is played by a few parameters and an optimizer of torch's; what is saved of them is the step's number.
-"""
+"""A crash at any instant of saving leaves `latest` naming a complete checkpoint; left-overs go at the next save."""
 
 import functools
-import json
 import os
 import random
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
-import torch
-from torch import nn
 
-from dist_transformer.checkpoints import folder as folder_module
 from dist_transformer.checkpoints.folder import (
     TrainerState,
     checkpoints_dir,
-    damages,
     latest_checkpoint,
     list_checkpoints,
     read_trainer_state,
 )
-from dist_transformer.checkpoints.reader import load_weights
-from dist_transformer.config import build_config
-from dist_transformer.engine.average import MovingAverage
 from dist_transformer.engine.checkpoint import check_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import Saver, save_checkpoint
 from dist_transformer.errors import CheckpointError
-from dist_transformer.parallel.mesh import Mesh
+from tests.unit.engine.published import count_calls, fake_engine, names, save, verify, write_step
 
 N_KILLS = 20
-
-
-class Crash(BaseException):
-    """Nothing that anybody catches."""
-
-
-def fake_engine(run_dir: Path, ema_decay: float | None = None, **checkpoint: Any) -> Engine:
-    mesh = SimpleNamespace(
-        rank=0, world_size=1, is_rank_zero=True, dp_size=1, dp_rank=0, tp_size=1, tp_rank=0, device=torch.device("cpu")
-    )  # fmt: skip
-    config = build_config(
-        {
-            "run": {"dir": str(run_dir)},
-            "data": {"train": "x"},
-            "train": {"steps": 9, "precision": "fp32"},
-            "model": {"vocab_size": 64},
-            "parallel": {"zero_stage": 0},
-            "checkpoint": {"keep": 2, **checkpoint},
-        }
-    )
-    model = nn.Linear(24, 10)
-    optimizer = torch.optim.AdamW(model.parameters())
-    engine = cast(
-        "Engine", SimpleNamespace(config=config, mesh=mesh, model=model, optimizer=optimizer, average=None)
-    )
-    if ema_decay is not None:
-        engine.average = MovingAverage(engine, ema_decay)
-    return engine
-
-
-def write_step(engine: Engine, step: int) -> TrainerState:
-    """Weights and moments that tell which step they are of."""
-    for number, parameter in enumerate(engine.model.parameters()):
-        parameter.data.fill_(step + number)
-        engine.optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": torch.full_like(parameter, 2.0 * step, requires_grad=False),
-            "exp_avg_sq": torch.full_like(parameter, 3.0 * step, requires_grad=False),
-        }
-    return TrainerState(step=step, tokens_seen=10 * step)
-
-
-def save(engine: Engine, step: int) -> Path:
-    return save_checkpoint(engine, write_step(engine, step))
-
-
-def verify(engine: Engine) -> int:
-    """`latest` names a checkpoint that is whole; returns its step, 0 where there is none yet."""
-    path = latest_checkpoint(Path(engine.config.run.dir))
-    if path is None:
-        return 0
-    check_checkpoint(path, engine.config, engine.mesh)
-    assert list(damages(path, checksums=True)) == []
-    state = read_trainer_state(path)
-    assert state.step == int(path.name.split("-")[1])
-    assert state.tokens_seen == 10 * state.step
-    weights = load_weights(path)
-    assert torch.equal(weights["weight"], torch.full((10, 24), float(state.step)))
-    assert torch.equal(weights["bias"], torch.full((10,), state.step + 1.0))
-    assert path in list_checkpoints(Path(engine.config.run.dir))
-    return state.step
-
-
-def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in checkpoints_dir(run_dir).iterdir())
 
 
 def test_retention(tmp_path: Path) -> None:
@@ -129,39 +50,6 @@ def test_a_run_that_goes_on_from_an_older_checkpoint(tmp_path: Path) -> None:
     assert verify(engine) == 8
     save(engine, 10)
     assert verify(engine) == 10
-
-
-def count_calls(monkeypatch: pytest.MonkeyPatch, crash_at: int, save_once: Callable[[], object]) -> int:
-    """How many calls that change the disk one save makes; raises Crash before call number `crash_at`."""
-    n_calls = 0
-
-    def watch(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
-
-        def watched(*arguments: Any, **options: Any) -> Any:
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls == crash_at:
-                raise Crash
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, watched)
-
-    for name in ("rename", "replace", "unlink", "mkdir", "fsync", "open", "rmdir"):
-        watch(os, name)
-    watch(Path, "write_text")
-    watch(Path, "open")
-    # A thread would keep the crash to itself.
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: thread.run())
-    monkeypatch.setattr(threading.Thread, "join", lambda thread: None)
-    monkeypatch.setattr(threading.Thread, "is_alive", lambda thread: False)
-    try:
-        save_once()
-    except Crash:
-        pass
-    finally:
-        monkeypatch.undo()
-    return n_calls
 
 
 @pytest.mark.parametrize("before", [[], [20], [10, 20], [30, 10, 20]])
@@ -231,132 +119,12 @@ def test_left_overs_go_at_the_next_save(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step-00000004"]
 
 
-def damaged(path: Path, engine: Engine) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        check_checkpoint(path, engine.config, engine.mesh)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
-
-
-def test_damaged_files_are_found(tmp_path: Path) -> None:
-    engine = fake_engine(tmp_path, keep=9)
-    for step in range(1, 6):
-        save(engine, step)
-    first, second, third, fourth, fifth = list_checkpoints(tmp_path)
-    tensors = "rank-00000.safetensors"
-    (first / tensors).write_bytes((first / tensors).read_bytes()[:-1])
-    assert f"{tensors} has" in damaged(first, engine)
-    assert "to one of step-00000002, step-00000003" in damaged(first, engine)
-    (second / tensors).unlink()
-    assert f"{tensors} is missing: the checkpoint is damaged" in damaged(second, engine)
-    (third / "files.json").write_text("{")
-    assert "files.json: cannot be read" in damaged(third, engine)
-    (fourth / "index.json").unlink()
-    assert "index.json is missing" in damaged(fourth, engine)
-    content = bytearray((fifth / tensors).read_bytes())
-    content[-7] ^= 1
-    (fifth / tensors).write_bytes(content)
-    check_checkpoint(fifth, engine.config, engine.mesh)
-    [found] = damages(fifth, checksums=True)
-    assert f"{tensors} is not what was written: its sha256 differs" in found
-    assert f"{tensors} is not what was written" in damaged(fifth, fake_engine(tmp_path, verify="sha256"))
-
-
-def test_a_pointer_to_nothing(tmp_path: Path) -> None:
-    engine = fake_engine(tmp_path)
-    save(engine, 1)
-    pointer = checkpoints_dir(tmp_path) / "latest"
-    pointer.write_text("step-00000009\n")
-    with pytest.raises(
-        CheckpointError, match="names 'step-00000009', which is not there: write one of step-00000001"
-    ):
-        latest_checkpoint(tmp_path)
-    shutil.rmtree(checkpoints_dir(tmp_path) / "step-00000001")
-    with pytest.raises(CheckpointError, match="remove it to start from step 0"):
-        latest_checkpoint(tmp_path)
-    pointer.write_text("")
-    with pytest.raises(CheckpointError, match="remove it to start from step 0"):
-        latest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("section", "fields", "says"),
-    [
-        ("model", {"d_ff": 96}, "model.d_ff is 2048 there and 96 in this configuration"),
-        ("model", {"n_decoder_layers": 3}, "model.n_decoder_layers is 6 there and 3"),
-        ("model", {"vocab_size": 128}, "model.vocab_size is 64 there and 128"),
-        ("model", {"decoder": {"n_heads": 4}}, "model.decoder.n_heads is 8 there and 4"),
-        ("model", {"encoder": {"n_kv_heads": 2}}, "model.encoder.n_kv_heads is 8 there and 2"),
-    ],
-)  # fmt: skip
-def test_another_model(tmp_path: Path, section: str, fields: dict[str, Any], says: str) -> None:
-    engine = fake_engine(tmp_path)
-    path = save(engine, 1)
-    tree = engine.config.model_dump(mode="json")
-    tree[section].update(fields)
-    with pytest.raises(CheckpointError) as caught:
-        check_checkpoint(path, build_config(tree), engine.mesh)
-    assert says in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"dropout": 0.3},
-        {"attention_dropout": 0.2},
-        {"encoder": {"dropout": 0.0}},
-        {"init": "t5"},
-        {"head_dim": 64, "n_kv_heads": 8},
-    ],
-)
-def test_what_is_no_part_of_the_weights_may_change(tmp_path: Path, fields: dict[str, Any]) -> None:
-    engine = fake_engine(tmp_path)
-    path = save(engine, 1)
-    tree = engine.config.model_dump(mode="json")
-    tree["model"].update(fields)
-    check_checkpoint(path, build_config(tree), engine.mesh)
-
-
-@pytest.mark.parametrize(
-    ("section", "fields"), [("parallel", {"zero_stage": 3}), ("train", {"precision": "bf16"})]
-)
-def test_another_layout_is_welcome(tmp_path: Path, section: str, fields: dict[str, Any]) -> None:
-    engine = fake_engine(tmp_path)
-    path = save(engine, 1)
-    tree = engine.config.model_dump(mode="json")
-    tree[section].update(fields)
-    mesh = cast("Mesh", SimpleNamespace(dp_size=4, tp_size=2, rank=0, world_size=1))
-    check_checkpoint(path, build_config(tree), mesh)
-
-
 def test_the_state_survives_as_it_was(tmp_path: Path) -> None:
     engine = fake_engine(tmp_path)
     state = TrainerState(
         step=3, tokens_seen=12345678901234, n_bad_steps=2, data={"cursors": {"0": [1, 2, 3, 4]}}
     )
     assert read_trainer_state(save_checkpoint(engine, state)) == state
-
-
-def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fake_engine(tmp_path)
-    path = save(engine, 1)
-    monkeypatch.setattr(folder_module, "FORMAT", 99)
-    with pytest.raises(
-        CheckpointError, match=r"written in checkpoint format 2 by .* reads format 99: go on with"
-    ):
-        read_trainer_state(path)
-    (path / "trainer.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError):
-        read_trainer_state(path)
-
-
-@pytest.mark.parametrize("state", [{"step": 3, "unheard_of": 1}, [], None])
-def test_a_state_of_another_version_is_one_sentence(tmp_path: Path, state: object) -> None:
-    description = {"format": 2, "versions": {"dist_transformer": "0.0.9"}, "state": state}
-    (tmp_path / "trainer.json").write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match=r"trainer\.json: its state is another version's \(0\.0\.9"):
-        read_trainer_state(tmp_path)
 
 
 def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/data.py`: the figures, the shards that are measured, and each measurement."""
