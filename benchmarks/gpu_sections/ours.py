@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_sections.measure import Figures, Peaks, search, time_size
-from benchmarks.gpu_sections.plan import LARGEST, Setting
+from benchmarks.gpu_sections.plan import COMPILED, LARGEST, Setting
 from benchmarks.gpu_sections.rows import Pool
 from benchmarks.gpu_sections.task import Task, UnavailableError
 from dist_transformer.config import Config, build_config, preset_names
@@ -34,6 +34,7 @@ def config_of(
         model |= {"n_encoder_layers": 2, "n_decoder_layers": 2}
         if preset.startswith("modern"):
             model["n_kv_heads"] = 2
+    policy = "none" if mode == COMPILED else mode
     tree = {
         "run": {"dir": "unused"},
         "model": model,
@@ -47,10 +48,11 @@ def config_of(
             "global_batch_size": rows,
             "micro_batch_size": rows,
             "precision": precision,
+            "compile": mode == COMPILED,
         },
         "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
         "parallel": {"zero_stage": 1},
-        "recompute": {"encoder": mode, "decoder": mode},
+        "recompute": {"encoder": policy, "decoder": policy},
     }
     return build_config(tree, "benchmarks/gpu.py", setting.overrides)
 

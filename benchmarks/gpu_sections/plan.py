@@ -8,6 +8,9 @@ from typing import Any
 PRESETS = ("modern_large", "t5_v1_1_large", "t5_v1_1_base")
 """Most wanted first: where time runs out, the last ones are left out."""
 MODES = ("none", "selective", "full")
+"""Of recomputation."""
+COMPILED = "compile"
+"""The mode without recomputation whose layers are compiled."""
 LARGEST = "largest"
 """Stands for the largest preset whose states the device holds."""
 
@@ -76,6 +79,7 @@ def plan(
     """All sections: what is asked for most stands first, so that the end of the time takes the rest."""
     if setting.tiny:
         return _tiny_plan(presets or PRESETS[:2], modes)
+    compiled = () if modes else (COMPILED,)  # a mode like others to whoever names modes
     presets, modes = presets or PRESETS, modes or MODES
     first, others = presets[:2], presets[2:]
     return [
@@ -85,6 +89,8 @@ def plan(
         *_peers(first, False),
         *(Section(f"profile/{preset}", "profile", 100, 40, {"preset": preset}) for preset in first),
         *(Section(f"attention/{preset}", "attention", 100, 25, {"preset": preset}) for preset in first[:1]),
+        # Each size is compiled anew, so that few can be tried.
+        *_trained(first, compiled, {"first_rows": 64}),
         *_peers(first, True),
         *_trained(others, modes),
         *_peers(others, False),
@@ -122,8 +128,8 @@ def _trained(
     for preset in presets:
         for mode in modes:
             arguments = {"preset": preset, "mode": mode, **(more or {})}
-            # Most of the largest one's time goes into drawing its weights.
-            limit_s, least_s = (150, 70) if preset == LARGEST else (75, 30)
+            # Most of the largest one's time goes into drawing its weights, of a compiled one's into compiling.
+            limit_s, least_s = (150, 70) if preset == LARGEST or mode == COMPILED else (75, 30)
             yield Section(f"ours/{preset}/{mode}", "ours", limit_s, least_s, arguments)
 
 

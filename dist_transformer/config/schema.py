@@ -71,6 +71,8 @@ class TrainConfig(Section):
     """The run stops after so many updates in a row that were skipped for a non-finite loss or gradient."""
     loss_chunk_rows: PositiveInt = 1024
     """Target positions whose logits exist at the same time: bounds the memory of the output projection."""
+    compile: bool = False
+    """Compile each layer with torch.compile, which adds a minute to the start. For GPUs; on CPUs it was slower."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the weights too, `ema = decay x ema + (1 - decay) x weights` after every
     update, in float32, sharded and saved as the master weights are; null: none."""
@@ -270,6 +272,8 @@ class Config(Section):
                 )
         if self.evaluate.weights == "ema" and self.train.ema_decay is None:
             problems.append("evaluate.weights=ema needs train.ema_decay: there is no average without it")
+        if self.train.compile:
+            problems += _compile_problems(self)
         problems += _tensor_parallel_problems(self.model, self.parallel.tp_degree)
         problems += [
             f"deepspeed.{key} is ours to set: use {ours}"
@@ -279,6 +283,19 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _compile_problems(config: Config) -> list[str]:
+    """What a compiled layer does not go with."""
+    policies = (config.recompute.encoder, config.recompute.decoder)
+    problems = {
+        "zero_stage 0, 1 or 2: stage 3 fetches weights inside layers": config.parallel.zero_stage == 3,
+        "tp_degree=1: ranks talk inside shared layers": config.parallel.tp_degree > 1,
+        "recompute none, full or every_n: the compiler itself chooses what a layer keeps": "selective"
+        in policies,
+        "rows of one shape: leave data.bucket_tokens out": config.data.bucket_tokens is not None,
+    }
+    return [f"train.compile needs {needed}" for needed, is_missing in problems.items() if is_missing]
 
 
 def _tensor_parallel_problems(model: ModelConfig, tp: int) -> list[str]:

@@ -31,6 +31,7 @@ class Split:
     precision: str = "fp32"
     tp_degree: int = 1
     sequence_parallel: bool = True
+    compile: bool = False
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
 
 
-def config_of(preset: str, split: Split, n_rows: int) -> Config:
+def config_of(preset: str, split: Split, n_rows: int, **model: Any) -> Config:
     small = {
         "d_model": 32,
         "d_ff": 48,
@@ -53,13 +54,14 @@ def config_of(preset: str, split: Split, n_rows: int) -> Config:
     return build_config(
         {
             "run": {"dir": "unused"},
-            "model": {"preset": preset, "vocab_size": VOCAB, "dropout": 0.0, **small},
+            "model": {"preset": preset, "vocab_size": VOCAB, "dropout": 0.0, **small, **model},
             "data": {"train": "unused"},
             "train": {
                 "steps": 10,
                 "global_batch_size": n_rows,
                 "micro_batch_size": split.micro_batch_size,
                 "precision": split.precision,
+                "compile": split.compile,
                 "label_smoothing": 0.1,
                 "z_loss": 1e-3,
                 "clip": 0.5,

@@ -243,6 +243,9 @@ def test_the_plan_begins_with_what_is_wanted_most() -> None:
     assert names[:3] == ["environment", "parity", "ours/modern_large/none"]
     assert {"hf/t5_v1_1_base/compile", "ours/t5_v1_1_base/full", "profile/t5_v1_1_large"} < set(names)
     assert len(names) == len(set(names))
+    assert names.index("ours/modern_large/full") < names.index("ours/modern_large/compile")
+    only = [section.name for section in plan(Setting.build("cuda", False), modes=["compile"])]
+    assert only.count("ours/modern_large/compile") == 1 and "ours/modern_large/none" not in only
     some = chosen(plan(Setting.build("cuda", False)), ["environment", "hf/*"])
     assert {section.kind for section in some} == {"environment", "hf"}
 
