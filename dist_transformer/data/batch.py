@@ -83,6 +83,8 @@ class Batch:
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on `device`."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        if device.type == "cuda":  # From other memory a copy would wait for all work before it.
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved)
 
