@@ -47,15 +47,24 @@ class Feed:
     `offer` never waits and never raises: when the queue is full the row is dropped and counted. A sink that
     raises is reported once and keeps getting rows; after `max_failures` failures in a row it is turned off.
     One that has blocked for `stall_s` seconds with a full queue is interrupted.
+
+    Args:
+        announce: told where to look, once the sink is connected.
     """
 
     def __init__(
-        self, sink: Sink, report: Report, capacity: int = 4096, max_failures: int = 20, stall_s: float = 60.0
+        self,
+        sink: Sink,
+        report: Report,
+        announce: Report = lambda where: None,
+        capacity: int = 4096,
+        max_failures: int = 20,
+        stall_s: float = 60.0,
     ) -> None:
         self.sink = sink
         self.n_dropped = 0
         self.n_failed = 0
-        self._report = report
+        self._report, self._announce = report, announce
         self._capacity = capacity
         self._max_failures = max_failures
         self._stall_s = stall_s
@@ -121,6 +130,8 @@ class Feed:
             return
         finally:
             self._opened.set()
+        if where := self.sink.where():
+            self._guarded(lambda: self._announce(where))
         working = self._pump()
         if not working:
             self._guarded(self.sink.abandon)

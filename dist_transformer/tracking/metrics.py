@@ -32,13 +32,16 @@ class MetricsLog:
         run_dir: Path,
         sinks: Sequence[Sink] = (),
         report: Report | None = None,
+        announce: Report = lambda where: None,
         open_timeout: float = 10.0,
     ) -> None:
-        """Open the log of `run_dir` and start the sinks, waiting `open_timeout` seconds at most for them.
+        """Open the log of `run_dir` and start the sinks, which connect in the background.
 
-        A sink that takes longer goes on connecting in the background. `report` gets sentences for the
-        person who watches (from several threads); by default they go to the `dist_transformer.tracking`
-        logger as warnings.
+        Args:
+            report: gets sentences for the person who watches, from several threads; by default they go to the
+                `dist_transformer.tracking` logger as warnings.
+            announce: gets a line for each sink, once it is connected, that tells where to look; from their threads.
+            open_timeout: seconds to wait, at most, until the sinks are connected.
         """
         self.path = run_dir / FILE_NAME
         self.rows_lost = 0
@@ -58,7 +61,7 @@ class MetricsLog:
         # A torn row may have reached a dashboard: its number is not given out twice.
         self._next_row = int(last.get("row", -1)) + 1 + self._file.was_torn
         self._restarts = int(last.get("trainer/restarts", 0)) + 1
-        self._feeds = [Feed(sink, self._report) for sink in sinks]
+        self._feeds = [Feed(sink, self._report, announce) for sink in sinks]
         deadline = time.monotonic() + open_timeout
         for feed in self._feeds:
             feed.wait_opened(max(0.0, deadline - time.monotonic()))

@@ -228,7 +228,6 @@ def _outlets_of_rank_zero(config: Config, start_step: int) -> Outlets:
     sinks = build_sinks(
         config.tracking, run_dir, config.model_dump(mode="json"), console.message, resumed_step=start_step
     )
-    log = MetricsLog(run_dir, sinks, console.message)
-    for line in log.where():
-        console.message(line)
+    # Dashboards connect while the model is built.
+    log = MetricsLog(run_dir, sinks, report=console.message, announce=console.message, open_timeout=0)
     return Outlets(log, console)
