@@ -75,6 +75,22 @@ def _add_evaluate(commands: Commands) -> None:
         action=BooleanOptionalAction,
         help=f"consecutive equal sources are one, with the references of all of them {own}.group_sources)",
     )
+    evaluate.add_argument(
+        "--ignore",
+        type=_expression,
+        metavar="REGEX",
+        help=f"what it matches, in outputs and references, does not count {own}.ignore)",
+    )
+
+
+def _expression(text: str) -> str:
+    from dist_transformer.config.evaluate import check_expression
+
+    try:
+        check_expression(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _metrics(text: str) -> tuple[str, ...]:
@@ -141,7 +157,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.output,
         decoding_of(options),
         options.threads,
-        Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources),
+        Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources, options.ignore),
         choice_of(options),
     )
     if options.out is None:

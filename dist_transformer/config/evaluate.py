@@ -1,8 +1,9 @@
 """The `evaluate` section: what is measured on held-out data, and by which weights."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dist_transformer.config.base import Section, refuse, unfit
 
@@ -17,6 +18,14 @@ LOWER_IS_BETTER = ("loss", "wer", "cer", "per")
 Tokenize = Literal["13a", "none", "intl", "char", "zh"]
 Weights = Literal["current", "ema"]
 Mode = Literal["max", "min"]
+
+
+def check_expression(text: str) -> None:
+    """Raise a `ValueError` with a sentence if a text is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression ({error})") from None
 
 
 class EvaluateConfig(Section):
@@ -39,10 +48,19 @@ class EvaluateConfig(Section):
     """BLEU's tokenizer, one of sacreBLEU's; none: the text is tokenised (multi-bleu style)."""
     lowercase: bool = False
     """Score in lower case."""
+    ignore: str | None = None
+    """Regular expression: what it matches, in outputs and references, counts in no score (`[0-9]`: the stress)."""
     weights: Weights = "current"
     """ema: measure, and decode with, the weights averaged by `train.ema_decay`."""
     samples: NonNegativeInt = 0
     """Held-out samples whose source, output and reference are written to `RUN_DIR/samples/`."""
+
+    @field_validator("ignore")
+    @classmethod
+    def _is_expression(cls, ignore: str | None) -> str | None:
+        if ignore is not None:
+            check_expression(ignore)
+        return ignore
 
     @model_validator(mode="before")
     @classmethod

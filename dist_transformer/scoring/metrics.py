@@ -32,6 +32,7 @@ def score_texts(
     *,
     tokenize: str = "13a",
     lowercase: bool = False,
+    ignore: str | None = None,
 ) -> dict[TextMetric, Score]:
     """Score outputs by each of the metrics.
 
@@ -40,13 +41,18 @@ def score_texts(
         tokenize: BLEU's tokenizer, one of sacreBLEU's; `none` for text that is tokenised: the score is then that of
             Moses's multi-bleu.perl.
         lowercase: compare everything in lower case.
+        ignore: a regular expression; what it matches, in outputs and references, does not count.
 
     Raises:
         ValueError: nothing to score, or an output without a reference.
     """
     if not outputs or len(outputs) != len(references) or not all(references):
         raise ValueError("every output needs a reference, and there must be one output at least")
-    fixed = _Texts(list(outputs), [list(group) for group in references], tokenize, lowercase)
+    groups: References = references
+    if ignore is not None:
+        outputs = [re.sub(ignore, "", output) for output in outputs]
+        groups = [[re.sub(ignore, "", each) for each in group] for group in references]
+    fixed = _Texts(list(outputs), [list(group) for group in groups], tokenize, lowercase, ignore)
     return {metric: _METRICS[metric](fixed) for metric in metrics}
 
 
@@ -61,6 +67,8 @@ class _Texts:
     references: list[list[str]]
     tokenize: str
     lowercase: bool
+    ignored: str | None
+    """What was taken out of them."""
 
     @property
     def streams(self) -> list[list[str | None]]:
@@ -78,7 +86,13 @@ class _Texts:
         counts = {len(references) for references in self.references}
         n_references = str(counts.pop()) if len(counts) == 1 else "var"
         pairs = {"nrefs": n_references, "case": "lc" if self.lowercase else "mixed", **choices}
-        return "|".join(f"{key}:{value}" for key, value in {**pairs, "version": __version__}.items())
+        return self.signed(
+            "|".join(f"{key}:{value}" for key, value in {**pairs, "version": __version__}.items())
+        )
+
+    def signed(self, signature: str) -> str:
+        """A signature that also says what was taken out."""
+        return signature if self.ignored is None else f"{signature}|ignored:{self.ignored}"
 
 
 def _bleu(texts: _Texts) -> Score:
@@ -87,7 +101,7 @@ def _bleu(texts: _Texts) -> Score:
 
     metric = BLEU(tokenize=texts.tokenize, lowercase=texts.lowercase, force=True)
     value = metric.corpus_score(texts.outputs, texts.streams).score
-    return Score(float(value), str(metric.get_signature()))
+    return Score(float(value), texts.signed(str(metric.get_signature())))
 
 
 def _chrf(texts: _Texts) -> Score:
@@ -96,7 +110,7 @@ def _chrf(texts: _Texts) -> Score:
 
     metric = CHRF(lowercase=texts.lowercase)
     value = metric.corpus_score(texts.outputs, texts.streams).score
-    return Score(float(value), str(metric.get_signature()))
+    return Score(float(value), texts.signed(str(metric.get_signature())))
 
 
 def _exact_match(texts: _Texts) -> Score:

@@ -115,7 +115,12 @@ def _evaluate_set(engine: Engine, config: Config, corpus: CorpusConfig, tokenize
         if scored := samples[:n_scored]:
             outputs, references = [s.output for s in scored], [s.references for s in scored]
             scores = score_texts(
-                outputs, references, metrics, tokenize=evaluate.tokenize, lowercase=evaluate.lowercase
+                outputs,
+                references,
+                metrics,
+                tokenize=evaluate.tokenize,
+                lowercase=evaluate.lowercase,
+                ignore=evaluate.ignore,
             )
             found.values |= {metric: score.value for metric, score in scores.items()}
             found.signatures = {metric: score.signature for metric, score in scores.items()}

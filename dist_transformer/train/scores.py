@@ -25,6 +25,7 @@ class Scoring:
     tokenize: str | None = None
     lowercase: bool | None = None
     group_sources: bool | None = None
+    ignore: str | None = None
 
 
 def evaluate_files(
@@ -64,9 +65,8 @@ def evaluate_files(
         Path(output).write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
     metrics: Sequence[Metric] = option("metrics")
     of_text = [metric for metric in get_args(TextMetric) if metric in metrics]
-    scores = score_texts(
-        outputs, texts.references, of_text, tokenize=option("tokenize"), lowercase=option("lowercase")
-    )
+    how = {name: option(name) for name in ("tokenize", "lowercase", "ignore")}
+    scores = score_texts(outputs, texts.references, of_text, **how)
     pairs = [
         (text, reference)
         for text, group in zip(texts.sources, texts.references, strict=True)

@@ -113,6 +113,12 @@ def test_the_command_scores_what_training_scored(
     assert "bleu" not in current
     assert current["signatures"]["per"].startswith("nrefs:1|case:lc|unit:phoneme")
     assert abs(current["loss"] - found["loss"]) > 0.01
+    # With everything ignored, nothing differs.
+    assert main([*arguments, "--metrics", "exact_match", "--ignore", r"\S"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact_match"] == 100
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--ignore", "[0-9"])
+    assert "argument --ignore: '[0-9' is no regular expression (unterminated" in capsys.readouterr().err
 
 
 def test_several_reference_files_and_a_table(

@@ -381,3 +381,8 @@ def test_every_field_has_a_docstring() -> None:
                 assert field.description, f"{path}{name} has no docstring"
 
     check(Config, "")
+
+
+def test_what_is_ignored_must_be_a_regular_expression() -> None:
+    [found] = problems_of({**MINIMAL, "evaluate": {"ignore": "[0-9"}})
+    assert "evaluate.ignore" in found and "is no regular expression (unterminated" in found

@@ -86,6 +86,17 @@ def test_more_references_never_make_it_worse() -> None:
     assert all_["wer"].value < one["wer"].value
 
 
+def test_what_is_ignored_does_not_count_and_stands_in_the_signature() -> None:
+    outputs, references = ["HH AH0 L OW1"], [["HH AH1 L OW1"]]
+    [stressed] = score_texts(outputs, references, ["per"]).values()
+    assert stressed.value == 25
+    metrics: tuple[TextMetric, ...] = ("per", "exact_match", "bleu")
+    for metric, score in score_texts(outputs, references, metrics, tokenize="none", ignore="[0-9]").items():
+        assert score.value == pytest.approx(0 if metric == "per" else 100)
+        assert score.signature.endswith("|ignored:[0-9]")
+    assert "ignored" not in stressed.signature
+
+
 # By Google's `rouge_score` 0.1.2, rougeL without stemming.
 ROUGE_L = [
     ("the cat was found under the bed", "the cat was under the bed", 0.923077),
