@@ -158,7 +158,7 @@ def run_ours(setting: Setting, folder: Path) -> dict[str, float]:
     ]
     total_s = [row["perf/step_time_s"] * n for row, n in zip(timed, steps_of, strict=True)]
     n_tokens = sum(row["perf/tokens_per_sec"] * s for row, s in zip(timed, total_s, strict=True))
-    flops = sum(row["perf/tflops_per_sec"] * 1e12 * s for row, s in zip(timed, total_s, strict=True))
+    per_rank = sum(row["perf/tflops_per_sec"] * 1e12 * s for row, s in zip(timed, total_s, strict=True))
     positions = sum(
         row["perf/tokens_per_sec"] * s / (1 - row["perf/padding_pct"] / 100)
         for row, s in zip(timed, total_s, strict=True)
@@ -167,7 +167,7 @@ def run_ours(setting: Setting, folder: Path) -> dict[str, float]:
         "seconds": seconds,
         "n_tokens": n_tokens,
         "n_positions": positions,
-        "flops": flops,
+        "flops": per_rank * setting.ranks,
         "memory_mib": memory,
         "first_step_s": first["time"] - started,
     }
