@@ -135,6 +135,10 @@ def _train(options: argparse.Namespace) -> None:
     from dist_transformer.config import load_config
 
     config = load_config(options.config, options.overrides)
+    from dist_transformer.data.fork_server import start_fork_server
+
+    if config.data.workers:
+        start_fork_server()  # before the import of torch: the two go on side by side
     from dist_transformer.train.trainer import train
 
     train(config)

@@ -8,13 +8,12 @@ torch; fork server 3.4 s the first time and 0.1 s after, since it imports torch 
 children share that memory.
 """
 
-import multiprocessing
 import os
 import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, sharedctypes
+from multiprocessing import sharedctypes
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dist_transformer.data.batch import Cursor, as_numbers
+from dist_transformer.data.fork_server import SHIELDED, start_fork_server
 from dist_transformer.data.lanes import LaneReader, LaneRow, dealt_shards
 from dist_transformer.data.plan import RunPlan
 from dist_transformer.data.pool import exit_with_parent
@@ -31,7 +31,6 @@ from dist_transformer.errors import DataError
 
 _FIRST_ROWS = 64
 """Rows whose remote shards are asked for before the first is delivered."""
-_SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class _WorkerRows(IterableDataset[Any]):
 
 
 def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -> Iterator[PlacedRows]:
-    """The rank's rows in order, in chunks.
+    """The rank's rows in order, in chunks. Workers start now, and not when the first chunk is asked for.
 
     Args:
         rank_rows: Which rows.
@@ -147,13 +146,12 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         prefetch: Multiples of `n_rows` that each worker prepares ahead.
 
     Raises:
-        DataError: bad data, or a worker that died; the same sentence whichever process met it.
+        DataError: by the iterator: bad data, or a worker that died; the same sentence whichever process met it.
     """
     if rank_rows.plan.n_lanes * len(rank_rows.plan.corpora) > 200:
         raise_open_file_limit()
     if n_workers == 0:
-        yield from rank_rows.chunks(0, 1, n_rows)
-        return
+        return rank_rows.chunks(0, 1, n_rows)
     start_fork_server()
     per_worker = -(-n_rows // n_workers)
     loader: DataLoader[Any] = DataLoader(
@@ -167,10 +165,14 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         # Its own: drawing the workers' seed from the default one would shift dropout after a resume.
         generator=torch.Generator(),
     )
+    return _in_order(iter(loader), n_workers, per_worker)
+
+
+def _in_order(chunks: Iterator[Any], n_workers: int, per_worker: int) -> Iterator[PlacedRows]:
+    """The workers' chunks, which come in turn, as rows in the run's order."""
     # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by
     # column.
     by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
-    chunks = iter(loader)
     try:
         while isinstance(turn := _next_turn(chunks, n_workers), list):
             yield PlacedRows.concatenate(turn).select(by_turns)
@@ -199,28 +201,11 @@ def _next_turn(chunks: Iterator[Any], n_workers: int) -> list[PlacedRows] | Data
     return turn
 
 
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, if it does not run yet.
-
-    Schedulers send their signals to every process of a job step, and Ctrl-C to the whole foreground. The main
-    process answers them (it finishes the step and saves), so its workers must live on until it lets them go:
-    the server and its children inherit a mask that blocks these signals. None is lost for the main process:
-    those that arrive meanwhile are delivered after. Workers still end with their parent: the server ends when
-    its pipe closes, and they notice.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
-    try:
-        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _prepare_worker(_: int) -> None:
     """Another library may have started the fork server before us, without the mask. Threads are set to 1 by
     torch.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     # Of raw shards, text is tokenised here: a worker is one core's work.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     exit_with_parent()

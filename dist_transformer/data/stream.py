@@ -82,9 +82,12 @@ class TrainStream:
             self._restore(merge_states([state]) if "dp_rank" in state else state)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the first row that was not consumed (see `advance`); an earlier iterator ends."""
+        """Batches from the first row that was not consumed (see `advance`); an earlier iterator ends.
+
+        Loader workers start at once, and prepare the first rows while the caller does something else.
+        """
         self.close()
-        self._batches = self._generate()
+        self._batches = self._generate(self._load())
         return self._batches
 
     def __enter__(self) -> Self:
@@ -101,7 +104,7 @@ class TrainStream:
             self._batches.close()
             self._batches = None
 
-    def _generate(self) -> Generator[Batch, None, None]:
+    def _load(self) -> Iterator[PlacedRows]:
         rank_rows = RankRows(
             plan=self._plan,
             dp_rank=self._dp_rank,
@@ -109,8 +112,11 @@ class TrainStream:
             first_row=self._first_row + self._n_advanced * self._dp_size,
             cursors=self._cursors,
         )
+        return load_rows(rank_rows, self._data.workers, self.micro_batch_size, self._data.prefetch)
+
+    def _generate(self, chunks: Iterator[PlacedRows]) -> Generator[Batch, None, None]:
         size, rest = self.micro_batch_size, None
-        for chunk in load_rows(rank_rows, self._data.workers, size, self._data.prefetch):
+        for chunk in chunks:
             rows = chunk if rest is None else PlacedRows.concatenate([rest, chunk])
             begin = 0
             while len(rows) - begin >= size:

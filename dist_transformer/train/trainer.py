@@ -10,7 +10,6 @@ from dist_transformer.checkpoints.folder import TrainerState, read_trainer_state
 from dist_transformer.config import Config
 from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.batch import Batch
-from dist_transformer.data.loader import start_fork_server
 from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
@@ -53,8 +52,6 @@ def train(config: Config) -> None:
     with time_collectives(accounts), open_mesh(config.parallel.tp_degree) as mesh:
         clock.begin("data")
         config, tokenizer = prepare_run(config, mesh)
-        if config.data.workers:
-            start_fork_server()  # it imports torch while the model is built
         checkpoint = find_checkpoint(config, mesh)
         start_step = read_trainer_state(checkpoint).step if checkpoint else 0
         clock.begin("dashboard")
@@ -90,9 +87,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.outlets, self.guard = config, mesh, outlets, guard
         self.accounts = accounts
-        self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
-        self.state = TrainerState() if checkpoint is None else load_checkpoint(self.engine, checkpoint)
-        self.bad_steps = BadSteps(config.train.max_bad_steps, self.state.n_bad_steps)
+        self.state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
         self.stream = TrainStream(
             config.data,
             seed=config.run.seed,
@@ -101,6 +96,11 @@ class Trainer:
             micro_batch_size=config.train.micro_batch_size,
             state=self.state.data,
         )
+        self._batches = iter(self.stream)  # its workers start while the model is built
+        self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
+        if checkpoint is not None:
+            load_checkpoint(self.engine, checkpoint)
+        self.bad_steps = BadSteps(config.train.max_bad_steps, self.state.n_bad_steps)
         self.selection = Selection(config, self.state)
         self.evaluation = (
             EvaluateHook(config, self.engine, tokenizer, self.state, outlets, self.selection)
@@ -188,9 +188,8 @@ class Trainer:
     def _global_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a step's at a time."""
         n = grad_accum_steps(self.config, self.mesh.dp_size)
-        stream = iter(self.stream)
         while True:
-            yield [next(stream) for _ in range(n)]
+            yield [next(self._batches) for _ in range(n)]
 
     def _say_hello(self) -> None:
         config, mesh = self.config, self.mesh

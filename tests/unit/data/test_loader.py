@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_transformer.data.loader import Flag, start_fork_server
+from dist_transformer.data.fork_server import start_fork_server
+from dist_transformer.data.loader import Flag
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import MakeShards, numbered_pairs
