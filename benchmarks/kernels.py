@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_transformer.engine.allocator import keep_freed_memory
-from dist_transformer.model.attention import _attend_by_products, may_attend
+from dist_transformer.model.attention import _attend_by_products, may_attend, scores_mask
 from dist_transformer.model.dropout import dropout
 
 SAMPLE_LEN = 15
@@ -62,8 +62,8 @@ def main() -> None:
     print("\n| attention, [rows, heads, positions, width] | fused kernel | products |\n|---|---|---|")
     for rows, heads, length, width in SIZES:
         segments = (torch.arange(length) // SAMPLE_LEN + 1).expand(rows, length)
-        mask = may_attend(segments, segments)
         for dtype in DTYPES:
+            mask = scores_mask(may_attend(segments, segments), None, dtype)
             qkv = [
                 torch.randn(rows, length, heads * width, dtype=dtype)
                 .view(rows, length, heads, width)

@@ -83,7 +83,7 @@ def sdpa_bias(case: Case) -> Attend:
     allowed = case.allowed
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = scores_mask(allowed, case.bias().to(q.dtype))
+        mask = scores_mask(allowed, case.bias().to(q.dtype), q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     return attend

@@ -60,7 +60,7 @@ class MultiHeadAttention(nn.Module):
         """Attend from queries to keys and values; returns [B, T, D].
 
         Args:
-            scores_mask: broadcastable to [B, H, T, S]: boolean (True may attend) or added to the scores.
+            scores_mask: broadcastable to [B, H, T, S], added to the scores: see `scores_mask` below.
         """
         k_BHSK, v_BHSK = keys_values
         if self.n_groups > 1:
@@ -134,9 +134,6 @@ def _attend_by_products(
     scores_XTS = torch.baddbmm(nothing, q_XTK, k_XSK.transpose(1, 2), beta=0, alpha=scale)
     scores_BHTS = scores_XTS.view(n_rows, n_heads, n_queries, -1)
     if scores_mask is not None:
-        if scores_mask.dtype == torch.bool:
-            closed = torch.zeros_like(scores_mask, dtype=q_XTK.dtype)
-            scores_mask = closed.masked_fill_(~scores_mask, torch.finfo(q_XTK.dtype).min)
         scores_BHTS = scores_BHTS.add_(scores_mask)
     weights_BHTS = dropout(scores_BHTS.softmax(dim=-1), dropped, True)
     return torch.bmm(weights_BHTS.flatten(0, 1), v_XSK).view(n_rows, n_heads, n_queries, head_dim)
@@ -156,8 +153,10 @@ def may_attend(query_segments_BT: Tensor, key_segments_BS: Tensor, causal: bool 
     return allowed
 
 
-def scores_mask(allowed_B1TS: Tensor, bias_1HTS: Tensor | None) -> Tensor:
-    """Join the boolean mask with a bias on scores, if there is one: what `MultiHeadAttention` takes."""
-    if bias_1HTS is None:
-        return allowed_B1TS
-    return torch.where(allowed_B1TS, bias_1HTS, torch.finfo(bias_1HTS.dtype).min)
+def scores_mask(allowed_B1TS: Tensor, bias_1HTS: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What all layers of a stack add to their scores: the bias, or 0, where allowed; the least number elsewhere.
+
+    Of a boolean mask each layer would make such a tensor of its own, and keep it for the backward pass.
+    """
+    bias = torch.zeros((), dtype=dtype, device=allowed_B1TS.device) if bias_1HTS is None else bias_1HTS
+    return torch.where(allowed_B1TS, bias, torch.finfo(bias.dtype).min)

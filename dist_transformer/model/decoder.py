@@ -115,8 +115,8 @@ class Decoder(nn.Module):
         memory_BSD = self.memory_input(memory_BSD)
         row = torch.arange(length, device=x_BTD.device)
         bias = None if self.relative_bias is None else self.relative_bias(row, row)
-        self_mask = scores_mask(may_attend(segment_ids_BT, segment_ids_BT, causal=True), bias)
-        cross_mask = may_attend(segment_ids_BT, memory_segment_ids_BS)
+        self_mask = scores_mask(may_attend(segment_ids_BT, segment_ids_BT, causal=True), bias, x_BTD.dtype)
+        cross_mask = scores_mask(may_attend(segment_ids_BT, memory_segment_ids_BS), None, x_BTD.dtype)
         rotation = self._rotation(positions_BT, length)
         x_BTD = self.input(x_BTD, positions_BT, length)
         for layer in self.layers:

@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             # Within a sample the difference of places in the row is the difference of positions.
             row = torch.arange(length, device=x_BSD.device)
             bias = self.relative_bias(row, row)
-        mask = scores_mask(may_attend(segment_ids_BS, segment_ids_BS), bias)
+        mask = scores_mask(may_attend(segment_ids_BS, segment_ids_BS), bias, x_BSD.dtype)
         rotation = None
         if self.config.positions == "rotary":
             rotation = Rotation(positions_BS, length, self.stack.head_dim, self.config.rope_theta)

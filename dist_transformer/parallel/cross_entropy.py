@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from dist_transformer.parallel.regions import TensorParallel
 
+_LEAST_SCALE = 1e-30
+"""Least factor of a row's gradient; its reciprocal is a float32 and a bfloat16 too."""
+
 
 class TokenLoss(NamedTuple):
     """Sums over target tokens; divide by `n_tokens` over the whole global batch, once."""
@@ -76,25 +79,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_gradient else None
+        weight_sum_D = weight_VD.sum(dim=0, dtype=torch.float32) if options.label_smoothing else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
         is_correct_N = torch.empty(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], options.chunk_rows):
             rows = slice(start, start + options.chunk_rows)
             hidden = hidden_ND[rows]
-            chunk_sums, is_correct_N[rows], d_logits = _chunk(
-                F.linear(hidden, weight_VD).float(), targets_N[rows], options, needs_gradient
+            chunk = _chunk(
+                F.linear(hidden, weight_VD).float(),
+                targets_N[rows],
+                None if weight_sum_D is None else hidden.float() @ weight_sum_D,
+                options,
             )
-            sums += chunk_sums
-            if d_hidden_ND is not None and d_weight_VD is not None and d_logits is not None:
-                d_logits = d_logits.to(weight_VD.dtype)
-                torch.mm(d_logits, weight_VD, out=d_hidden_ND[rows])
-                if d_weight_VD.dtype == d_logits.dtype:
-                    d_weight_VD.addmm_(d_logits.t(), hidden)
-                else:
-                    d_weight_VD += d_logits.t() @ hidden
+            sums += chunk.sums
+            is_correct_N[rows] = chunk.is_correct
+            if d_hidden_ND is not None and d_weight_VD is not None:
+                _add_gradients(chunk, hidden, weight_VD, d_hidden_ND[rows], d_weight_VD)
         n_tokens = (targets_N != options.ignore_id).sum()
-        if needs_gradient:
-            assert d_hidden_ND is not None and d_weight_VD is not None
+        if d_hidden_ND is not None and d_weight_VD is not None:
+            if weight_sum_D is not None:
+                _add_smoothing(targets_N, hidden_ND, weight_sum_D, d_hidden_ND, d_weight_VD, options)
             ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(weight_VD.dtype))
         objective, cross_entropy, n_correct = (term.clone() for term in sums)
         ctx.mark_non_differentiable(cross_entropy, n_correct, n_tokens, is_correct_N)
@@ -107,14 +111,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden_ND * d_objective, d_weight_VD * d_objective, None, None
 
 
-def _chunk(
-    logits: Tensor, targets: Tensor, options: _Options, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums (objective, cross-entropy, correct) of some rows, which are correct, and d objective / d logits;
-    overwrites the logits.
+class _Chunk(NamedTuple):
+    """What some rows give. The gradient of their logits is `row_scale` times `gradient`, by rows, without smoothing's
+    constant part: a pass over all logits for each factor would cost more than one over the hidden states.
+    """
+
+    sums: Tensor
+    """Objective, cross-entropy, correct targets."""
+    is_correct: Tensor
+    gradient: Tensor
+    row_scale: Tensor
+
+
+def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Options) -> _Chunk:
+    """Loss and gradient of some rows; overwrites the logits.
 
     Args:
         logits: [N, V/tp] float32: those of this rank's part of the vocabulary.
+        sum_: [N]: their sum, if labels are smoothed.
     """
     smoothing, z_loss, tp = options.label_smoothing, options.z_loss, options.tp
     n_own, counts = logits.shape[1], targets != options.ignore_id
@@ -123,29 +137,55 @@ def _chunk(
     own = torch.where(is_own, own, 0)[:, None]
     own_largest = logits.amax(dim=-1)
     own_gold = logits.gather(1, own).squeeze(1) * is_own
-    own_sum = logits.sum(dim=-1) if smoothing else torch.zeros_like(own_largest)
-    # One exponential serves the normaliser and the gradient.
-    exponentials = logits.sub_(own_largest[:, None]).exp_()
+    # The fused softmax reads the logits once. The largest probability is 1 / sum exp(logit - largest).
+    softmax = torch.softmax(logits, dim=-1, out=logits)
+    own_total = softmax.amax(dim=-1).reciprocal()
     largest, total, gold, sum_ = _over_vocabulary(
-        own_largest, exponentials.sum(dim=-1), own_gold, own_sum, tp
+        own_largest, own_total, own_gold, torch.zeros_like(own_gold) if sum_ is None else sum_, tp
     )
-    n_vocabulary = n_own * (1 if tp is None else tp.size)
     log_z = largest + total.log()
     cross_entropy = log_z - gold
     objective = (1 - smoothing) * cross_entropy + z_loss * log_z.square()
     if smoothing:
-        objective = objective + smoothing * (log_z - sum_ / n_vocabulary)
+        objective = objective + smoothing * (log_z - sum_ / (n_own * (1 if tp is None else tp.size)))
     is_correct = (gold == largest) & counts
     sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)]).float()
-    if not needs_gradient:
-        return sums, is_correct, None
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
-    softmax_scale = (own_largest - largest).exp() / total
-    gradient = exponentials.mul_((counts * (1 + 2 * z_loss * log_z) * softmax_scale)[:, None])
-    if smoothing:
-        gradient.sub_((counts * (smoothing / n_vocabulary))[:, None])
-    gradient.scatter_add_(1, own, (counts * is_own * (smoothing - 1.0))[:, None])
-    return sums, is_correct, gradient
+    row_scale = (1 + 2 * z_loss * log_z) * (own_largest - largest).exp() * own_total / total
+    row_scale = row_scale.clamp_(
+        min=_LEAST_SCALE
+    )  # a rank may have nothing but the target: that part must not go
+    gradient = softmax.scatter_add_(1, own, (is_own * (smoothing - 1.0) / row_scale)[:, None])
+    return _Chunk(sums, is_correct, gradient, row_scale * counts)
+
+
+def _add_gradients(
+    chunk: _Chunk, hidden: Tensor, weight_VD: Tensor, d_hidden: Tensor, d_weight_VD: Tensor
+) -> None:
+    """Put some rows' gradient of the hidden states in place, and add theirs of the weight."""
+    d_logits, scale_N1 = chunk.gradient.to(weight_VD.dtype), chunk.row_scale[:, None]
+    torch.mm(d_logits, weight_VD, out=d_hidden)
+    d_hidden *= scale_N1
+    scaled = (hidden * scale_N1).to(hidden.dtype)
+    if d_weight_VD.dtype == d_logits.dtype:
+        d_weight_VD.addmm_(d_logits.t(), scaled)
+    else:
+        d_weight_VD += d_logits.t() @ scaled
+
+
+def _add_smoothing(
+    targets_N: Tensor,
+    hidden_ND: Tensor,
+    weight_sum_D: Tensor,
+    d_hidden_ND: Tensor,
+    d_weight_VD: Tensor,
+    options: _Options,
+) -> None:
+    """Add what the smoothed labels' constant e / V takes from the gradient of every logit: products with vectors."""
+    n_vocabulary = d_weight_VD.shape[0] * (1 if options.tp is None else options.tp.size)
+    each_N = (targets_N != options.ignore_id) * (options.label_smoothing / n_vocabulary)
+    d_hidden_ND -= each_N[:, None] * weight_sum_D
+    d_weight_VD -= each_N @ hidden_ND.float()
 
 
 def _over_vocabulary(

@@ -87,7 +87,7 @@ def self_attention(model: EncoderDecoder, x: Tensor, tp: TensorParallel | None) 
     if model.config.positions == "rotary":
         rotation = Rotation(torch.arange(S).expand(B, S), S, model.encoder.stack.head_dim, 10000.0)
     q, keys_values = attention.project_self(x, rotation)
-    found: Tensor = attention(q, keys_values, scores_mask(may_attend(segments, segments), bias))
+    found: Tensor = attention(q, keys_values, scores_mask(may_attend(segments, segments), bias, q.dtype))
     return found
 
 

@@ -45,10 +45,10 @@ def test_every_query_sees_something() -> None:
 def test_scores_mask_keeps_a_bias_where_allowed() -> None:
     allowed = torch.tensor([[[[True, False]]]])
     bias = torch.tensor([[[[0.5, 0.25]], [[1.5, 1.25]]]])
-    joined = scores_mask(allowed, bias)
+    joined = scores_mask(allowed, bias, torch.float32)
     assert torch.equal(joined[..., 0], bias[..., 0])
     assert (joined[..., 1] == torch.finfo(torch.float32).min).all()
-    assert scores_mask(allowed, None) is allowed
+    assert scores_mask(allowed, None, torch.bfloat16).tolist() == [[[[0.0, torch.finfo(torch.bfloat16).min]]]]
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
@@ -59,7 +59,9 @@ def test_attention_by_the_formula(n_kv_heads: int) -> None:
     x, memory = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double()
     allowed = torch.rand(2, 1, 3, 5) < 0.7
     allowed[..., 0] = True
-    actual = attention(attention.queries(x), attention.keys_values(memory), allowed)
+    actual = attention(
+        attention.queries(x), attention.keys_values(memory), scores_mask(allowed, None, x.dtype)
+    )
 
     heads = []
     for head in range(4):
@@ -78,7 +80,7 @@ def test_attention_by_the_formula(n_kv_heads: int) -> None:
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_products_do_what_the_fused_kernel_does(with_bias: bool) -> None:
-    """Values and gradients, with a boolean mask and with one that is trained."""
+    """Values and gradients, with a mask of zeros and with one that is trained."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64).transpose(1, 2) for n in (5, 7, 7))
     allowed = may_attend(torch.tensor([[1, 1, 2, 2, 0]] * 2), torch.tensor([[1, 1, 1, 2, 2, 2, 0]] * 2))
@@ -86,7 +88,7 @@ def test_products_do_what_the_fused_kernel_does(with_bias: bool) -> None:
     results = []
     for attend in (_attend, _attend_by_products):
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, bias)]
-        mask = scores_mask(allowed, leaves[3] if with_bias else None)
+        mask = scores_mask(allowed, leaves[3] if with_bias else None, q.dtype)
         out = attend(*leaves[:3], mask, 0.3, 0.0)
         out.square().sum().backward()
         results.append([out, *(x.grad for x in leaves if x.grad is not None)])
