@@ -9,7 +9,7 @@ from dist_transformer.config.data import CorpusConfig, DataConfig
 from dist_transformer.data.hashing import Int64, permutation
 from dist_transformer.data.objectives import Objective, Pieces, Window, build_objective
 from dist_transformer.data.order import noise_key, row_key, window_key
-from dist_transformer.data.packing import bucket
+from dist_transformer.data.packing import PACKER, bucket
 from dist_transformer.data.ragged import ragged_indices, starts_of
 from dist_transformer.data.reader import RawWindow
 from dist_transformer.data.rows import Rows
@@ -87,7 +87,7 @@ class WindowPlan:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "packing": self.packing,
+            "packing": self.packing and PACKER,
             "bucket_tokens": self.bucket_tokens,
             **({} if dropout is None else {"subword_dropout": dropout.probability}),
             **self.objective.describe(),

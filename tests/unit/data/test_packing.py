@@ -35,6 +35,23 @@ def test_rows_hold_every_sample_and_do_not_overflow(lengths: list[tuple[int, int
     assert (order == again[0]).all() and (n_samples == again[1]).all()
 
 
+def test_the_last_two_samples_fill_a_row_to_the_last_token() -> None:
+    # The largest that fits would be 7, and then one position of the row would stay free.
+    source = np.array([12, 7, 6, 5, 3, 3, 2, 2])
+    order, n_samples = pack(source, source, 20, 20)
+    rows = np.split(source[order], np.cumsum(n_samples)[:-1])
+    assert [int(row.sum()) for row in rows] == [20, 20]
+
+
+@pytest.mark.parametrize(("row_len", "least"), [(64, 0.985), (128, 0.989)])
+def test_rows_of_pairs_of_like_lengths_are_full(row_len: int, least: float) -> None:
+    """Lengths as in a corpus of captions: about 15 tokens, the sides correlated."""
+    random = np.random.default_rng(0)
+    source = np.clip(random.gamma(9.0, 15 / 9, 1500).round(), 4, 50).astype(np.int64)
+    target = np.clip((source * random.gamma(25.0, 1 / 25, 1500)).round(), 4, 50).astype(np.int64)
+    assert min(fill(source, target, row_len, round(row_len * target.sum() / source.sum()))) > least
+
+
 def test_nothing_to_pack() -> None:
     order, n_samples = pack(np.zeros(0, np.int64), np.zeros(0, np.int64), 8, 8)
     assert len(order) == len(n_samples) == 0
