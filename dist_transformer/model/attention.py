@@ -11,6 +11,9 @@ from dist_transformer.model.dropout import dropout
 from dist_transformer.model.layers import Project
 from dist_transformer.model.positions import Rotation
 
+_LEAST_QUERIES = 4
+"""CPUs add up products of fewer rows in another order: with so many, a result does not depend on who else asks."""
+
 
 class MultiHeadAttention(nn.Module):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, head_i = softmax(Q_i K_i^T / sqrt(d_k)) V_i.
@@ -85,13 +88,21 @@ class MultiHeadAttention(nn.Module):
         """
         k_BGSK, v_BGSK = keys_values
         n_rows, n_heads, n_queries, head_dim = q_BHTK.shape
-        n_keys = k_BGSK.shape[2]
-        q_XTK = (q_BHTK * self.scale).reshape(n_rows * k_BGSK.shape[1], -1, head_dim)
+        n_kv_heads, n_grouped = k_BGSK.shape[1], self.n_groups * n_queries
+        q_XTK = (q_BHTK * self.scale).reshape(n_rows * n_kv_heads, n_grouped, head_dim)
+        if n_grouped < _LEAST_QUERIES and q_XTK.device.type == "cpu":
+            q_XTK = F.pad(q_XTK, (0, 0, 0, _LEAST_QUERIES - n_grouped))
         scores_XTS = torch.bmm(q_XTK, k_BGSK.flatten(0, 1).transpose(1, 2))
+        # [B, G, heads of a group, Q, ...]
+        split = (n_rows, n_kv_heads, q_XTK.shape[1], -1)
         if scores_bias is not None:
-            scores_XTS.view(n_rows, n_heads, n_queries, n_keys).add_(scores_bias)
+            of_all_heads = scores_bias.shape[1] == 1
+            grouped = (1, 1) if of_all_heads else (n_kv_heads, self.n_groups)
+            bias = scores_bias.reshape(scores_bias.shape[0], *grouped, *scores_bias.shape[2:])
+            scores = scores_XTS.view(split)[:, :, :n_grouped]
+            scores.view(n_rows, n_kv_heads, self.n_groups, n_queries, -1).add_(bias)
         heads_XTK = torch.bmm(scores_XTS.softmax(dim=-1), v_BGSK.flatten(0, 1))
-        heads_BHTK = heads_XTK.view(n_rows, n_heads, n_queries, head_dim)
+        heads_BHTK = heads_XTK.view(split)[:, :, :n_grouped].reshape(n_rows, n_heads, n_queries, head_dim)
         out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 

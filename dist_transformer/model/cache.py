@@ -5,10 +5,15 @@ of T each: hypothesis after hypothesis), S slots, G key-value heads.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _DEAD = float("-inf")
 _ROOM = 32
+_LEAST_SLOTS = 16
+"""Attended to from the first step on, empty ones too: CPUs add up products with fewer keys in another order, and
+cached decoding would no longer be what computing everything anew is, bit for bit.
+"""
 
 
 class LayerCache:
@@ -16,13 +21,14 @@ class LayerCache:
 
     def __init__(self, cross: tuple[Tensor, Tensor]) -> None:
         keys, values = cross
-        self.cross = keys.contiguous(), values.contiguous()
+        missing = (0, 0, 0, max(0, _LEAST_SLOTS - keys.shape[2]))
+        self.cross = F.pad(keys, missing).contiguous(), F.pad(values, missing).contiguous()
         self.n_slots = 0
         self._stored: list[Tensor] = []
         """Keys and values with room behind the slots in use, once there are any."""
 
     def append(self, k_BGQK: Tensor, v_BGQK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new slots; returns keys and values of all slots so far."""
+        """Add new slots; returns keys and values of all slots so far, or of the least number, zero where empty."""
         if not self._stored:
             self._stored = [new[:, :, :0] for new in (k_BGQK, v_BGQK)]
         end = self.n_slots + k_BGQK.shape[2]
@@ -31,7 +37,7 @@ class LayerCache:
         for stored, new in zip(self._stored, (k_BGQK, v_BGQK), strict=True):
             stored[:, :, self.n_slots : end] = new
         self.n_slots = end
-        keys, values = (stored[:, :, :end] for stored in self._stored)
+        keys, values = (stored[:, :, : max(end, _LEAST_SLOTS)] for stored in self._stored)
         return keys, values
 
     def select(self, sources: Tensor | None, slots_BS: Tensor) -> None:
@@ -65,6 +71,7 @@ class KeyValueCache:
         self.layers = [LayerCache(keys_values) for keys_values in cross]
         keys = cross[0][0]
         self.device, self.dtype = keys.device, keys.dtype
+        is_memory_BS = F.pad(is_memory_BS, (0, max(0, _LEAST_SLOTS - is_memory_BS.shape[1])))
         # Added to scores. Without padding, none is needed.
         self.cross_bias: Tensor | None = None
         if not bool(is_memory_BS.all()):
@@ -81,15 +88,21 @@ class KeyValueCache:
         """Slots for `n_new` further tokens of each hypothesis, whose keys and values every layer then appends.
 
         Returns:
-            What is added to the scores [B, 1, Q, S] (None: nothing), and the slots' positions [B or 1, S].
+            What is added to the scores [B or 1, 1, Q or 1, S] (None: nothing), and the slots' positions [B or 1, S];
+            S slots, or the least number.
         """
         new_T = torch.arange(self.length, self.length + n_new, device=self.device)
         new_positions = new_T.repeat(self.n_hypotheses).expand(self._positions_BS.shape[0], -1)
         n_before = self._positions_BS.shape[1]
         self._positions_BS = torch.cat([self._positions_BS, new_positions], dim=1)
         self.length += n_new
+        empty = (0, max(0, _LEAST_SLOTS - self._positions_BS.shape[1]))
+        positions_BS = F.pad(self._positions_BS, empty) if empty[1] else self._positions_BS
         if self._sees_BNS is None and n_new == 1:
-            return None, self._positions_BS
+            if not empty[1]:
+                return None, positions_BS
+            seen = torch.zeros(1, 1, 1, self._positions_BS.shape[1], dtype=self.dtype, device=self.device)
+            return F.pad(seen, empty, value=_DEAD), positions_BS
         old_BNS = self._sees_BNS
         if old_BNS is None:
             old_BNS = torch.zeros(self.n_sources, 1, n_before, dtype=self.dtype, device=self.device)
@@ -102,7 +115,7 @@ class KeyValueCache:
         )
         if self._sees_BNS is not None:
             self._sees_BNS = bias_BQS[:, n_new - 1 :: n_new]
-        return bias_BQS[:, None], self._positions_BS
+        return F.pad(bias_BQS, empty, value=_DEAD)[:, None], positions_BS
 
     def branch(self, parents_BN: Tensor) -> None:
         """The hypotheses that go on: for each the one (int64) that it extends, or is."""
@@ -150,6 +163,6 @@ class KeyValueCache:
 def _with_room(x_BGSK: Tensor, n_slots: int) -> Tensor:
     """The same with room for `n_slots` and more."""
     n_rows, n_heads, n_used, head_dim = x_BGSK.shape
-    grown = x_BGSK.new_empty(n_rows, n_heads, n_slots + max(_ROOM, n_slots // 2), head_dim)
+    grown = x_BGSK.new_zeros(n_rows, n_heads, n_slots + max(_ROOM, n_slots // 2), head_dim)
     grown[:, :, :n_used] = x_BGSK
     return grown
