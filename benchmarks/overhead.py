@@ -30,6 +30,7 @@ from torch import nn
 from benchmarks.shapes import SHAPES, read_pairs, target_len
 from benchmarks.train import ROW_LEN, Setting, our_config
 from dist_transformer.config import Config, load_config
+from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.engine.engine import Engine
@@ -81,6 +82,7 @@ def compare(config: Config, mesh: Mesh, n_steps: int, n_warm_up: int = 3) -> tup
     config, _ = prepare_run(config, mesh)
     engine, bare = Engine(config, mesh), BareLoop(config, mesh)
     ours, theirs = [], []
+    n_micro_steps = grad_accum_steps(config, mesh.dp_size)
     stream = TrainStream(
         config.data, seed=1, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -88,7 +90,7 @@ def compare(config: Config, mesh: Mesh, n_steps: int, n_warm_up: int = 3) -> tup
     with contextlib.closing(stream):
         batches = iter(stream)
         for step in range(1, n_warm_up + n_steps + 1):
-            rows = [next(batches)]
+            rows = [next(batches) for _ in range(n_micro_steps)]
             totals, _, _ = agree(rows, None, False, False, mesh)
             turns = [(ours, engine.train_step), (theirs, bare.step)]
             for seconds, turn in turns if step % 2 else turns[::-1]:

@@ -36,8 +36,8 @@ from dist_transformer.tracking import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 ROW_LEN = 64
 """Our rows' source side; the target side is as much longer as the corpus's targets are. The longest sample fits."""
-MICRO_BATCH_TOKENS = 1024
-"""Of a side, at most."""
+MICRO_STEPS = 4
+"""Of one process: a quarter of the activations. Several ranks take their rows at once: ZeRO 2 sums gradients after each."""
 MEMORY_EVERY_S = 3.0
 """The kernel walks through all pages of a process to count them: 60 ms for each GiB."""
 CONTESTANTS = ("ours", *PEERS, "trainer")
@@ -131,7 +131,7 @@ def our_config(setting: Setting, folder: Path) -> Path:
         "train": {
             "steps": setting.warm_up + setting.steps,
             "global_batch_size": rows,
-            "micro_batch_size": min(rows // setting.ranks, MICRO_BATCH_TOKENS // ROW_LEN),
+            "micro_batch_size": rows // (MICRO_STEPS if setting.ranks == 1 else setting.ranks),
             "precision": "fp32",
         },
         "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0},
