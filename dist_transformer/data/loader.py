@@ -11,11 +11,11 @@ children share that memory.
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import sharedctypes
 from multiprocessing.context import ForkServerContext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class RankRows:
                 cursor = self.cursors.get((corpus, lane), Cursor())
                 plan.shards.prefetch(dealt_shards(plan, lane, self.plan.n_lanes, cursor.epoch)[cursor.shard])
 
-    def chunks(self, worker: int, n_workers: int, n_rows: int) -> Iterator[PlacedRows]:
+    def chunks(self, worker: int, n_workers: int, n_rows: int) -> Generator[PlacedRows, None, None]:
         """`iterate` in chunks of n_rows."""
         rows = self.iterate(worker, n_workers)
         while True:
@@ -136,7 +136,13 @@ class _WorkerRows(IterableDataset[Any]):
             yield DataError(str(error))
 
 
-def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -> Iterator[PlacedRows]:
+class LoadedRows(Iterator[PlacedRows], Protocol):
+    """Chunks of rows; whoever asks for them closes it, which ends what prepares them."""
+
+    def close(self) -> None: ...
+
+
+def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -> LoadedRows:
     """The rank's rows in order, in chunks. Workers start now, and not when the first chunk is asked for.
 
     Args:
@@ -165,22 +171,37 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         # Its own: drawing the workers' seed from the default one would shift dropout after a resume.
         generator=torch.Generator(),
     )
-    return _in_order(iter(loader), n_workers, per_worker)
+    return _InOrder(iter(loader), n_workers, per_worker)
 
 
-def _in_order(chunks: Iterator[Any], n_workers: int, per_worker: int) -> Iterator[PlacedRows]:
-    """The workers' chunks, which come in turn, as rows in the run's order."""
-    # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by
-    # column.
-    by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
-    try:
-        while isinstance(turn := _next_turn(chunks, n_workers), list):
-            yield PlacedRows.concatenate(turn).select(by_turns)
-        raise turn
-    finally:
-        # The loader ends its workers when its iterator is gone, and an error on its way up would keep this frame. At
-        # the interpreter's end it would be too late: workers block the signal that they would be ended with then.
-        del chunks
+class _InOrder:
+    """The workers' chunks, which come in turn, as rows in the run's order.
+
+    The loader ends its workers when its iterator is gone, so this is its only owner, until it is closed or has failed.
+    At the interpreter's end it would be too late: workers block the signal that they would be ended with then.
+    """
+
+    def __init__(self, chunks: Iterator[Any], n_workers: int, per_worker: int) -> None:
+        self._chunks: Iterator[Any] | None = chunks
+        self._n_workers = n_workers
+        # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by column.
+        self._by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
+
+    def __iter__(self) -> Iterator[PlacedRows]:
+        return self
+
+    def __next__(self) -> PlacedRows:
+        if self._chunks is None:
+            raise StopIteration
+        turn = _next_turn(self._chunks, self._n_workers)
+        if isinstance(turn, DataError):
+            self.close()
+            raise turn
+        return PlacedRows.concatenate(turn).select(self._by_turns)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._chunks = None
 
 
 def _next_turn(chunks: Iterator[Any], n_workers: int) -> list[PlacedRows] | DataError:

@@ -10,7 +10,7 @@ from dist_transformer.config.data import DataConfig
 from dist_transformer.data.batch import Batch, Cursor
 from dist_transformer.data.check import DataSummary, check_data, summarise
 from dist_transformer.data.held_out import eval_batches, held_out_texts
-from dist_transformer.data.loader import RankRows, load_rows
+from dist_transformer.data.loader import LoadedRows, RankRows, load_rows
 from dist_transformer.data.order import check_lanes
 from dist_transformer.data.plan import RunPlan, load_corpora, shards_of
 from dist_transformer.data.position import (
@@ -78,6 +78,7 @@ class TrainStream:
         """
         self._counts_before = dict(self.counts)
         self._batches: Generator[Batch, None, None] | None = None
+        self._rows: LoadedRows | None = None
         if state is not None:
             self._restore(merge_states([state]) if "dp_rank" in state else state)
 
@@ -87,7 +88,8 @@ class TrainStream:
         Loader workers start at once, and prepare the first rows while the caller does something else.
         """
         self.close()
-        self._batches = self._generate(self._load())
+        self._rows = self._load()
+        self._batches = self._generate(self._rows)
         return self._batches
 
     def __enter__(self) -> Self:
@@ -103,8 +105,11 @@ class TrainStream:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
 
-    def _load(self) -> Iterator[PlacedRows]:
+    def _load(self) -> LoadedRows:
         rank_rows = RankRows(
             plan=self._plan,
             dp_rank=self._dp_rank,

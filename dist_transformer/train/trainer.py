@@ -53,13 +53,16 @@ def train(config: Config) -> None:
         clock.begin("data")
         config, tokenizer = prepare_run(config, mesh)
         checkpoint = find_checkpoint(config, mesh)
-        start_step = read_trainer_state(checkpoint).step if checkpoint else 0
+        state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
         clock.begin("dashboard")
-        outlets = _open_outlets(config, mesh, start_step)
+        outlets = _open_outlets(config, mesh, state.step)
         exit_code = 1
         try:
-            with Guard(config, mesh, outlets, signals, start_step, clock) as guard:
-                Trainer(config, mesh, tokenizer, outlets, guard, checkpoint, accounts).run()
+            with (
+                Guard(config, mesh, outlets, signals, state.step, clock) as guard,
+                _open_stream(config, mesh, state) as stream,
+            ):
+                Trainer(config, mesh, tokenizer, outlets, guard, checkpoint, state, stream, accounts).run()
             exit_code = 0
         finally:
             stopped = signals.received is not None
@@ -83,20 +86,14 @@ class Trainer:
         outlets: Outlets,
         guard: Guard,
         checkpoint: Path | None,
+        state: TrainerState,
+        stream: TrainStream,
         accounts: TimeAccounts,
     ) -> None:
         self.config, self.mesh, self.outlets, self.guard = config, mesh, outlets, guard
         self.accounts = accounts
-        self.state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
-        self.stream = TrainStream(
-            config.data,
-            seed=config.run.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            micro_batch_size=config.train.micro_batch_size,
-            state=self.state.data,
-        )
-        self._batches = iter(self.stream)  # its workers start while the model is built
+        self.state, self.stream = state, stream
+        self._batches = iter(stream)  # its workers start while the model is built
         self.engine = Engine(config, mesh, weights=None if checkpoint else initial_weights(config))
         if checkpoint is not None:
             load_checkpoint(self.engine, checkpoint)
@@ -121,7 +118,7 @@ class Trainer:
     def run(self) -> None:
         """All steps that are left."""
         self._say_hello()
-        with contextlib.closing(self.stream), contextlib.closing(self.logging):
+        with contextlib.closing(self.logging):
             try:
                 self._run()
             except UserError as error:
@@ -203,6 +200,17 @@ class Trainer:
             self.outlets.message(corpus.describe(config.train.steps * config.train.global_batch_size))
         if self.state.step:
             self.outlets.message(f"resuming after step {self.state.step:,} of {config.train.steps:,}")
+
+
+def _open_stream(config: Config, mesh: Mesh, state: TrainerState) -> TrainStream:
+    return TrainStream(
+        config.data,
+        seed=config.run.seed,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        micro_batch_size=config.train.micro_batch_size,
+        state=state.data,
+    )
 
 
 def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:

@@ -82,6 +82,17 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
     stream.close()
 
 
+def test_workers_end_with_a_stream_that_nobody_read(folder: Path) -> None:
+    """As when the model cannot be built: the caller still has the batches, and they block the signals of an exit."""
+    stream = TrainStream(pairs_config(folder, workers=1), seed=1, dp_rank=0, dp_size=1, micro_batch_size=2)
+    batches = iter(stream)
+    (worker,) = multiprocessing.active_children()
+    stream.close()
+    worker.join(timeout=30)
+    assert worker.exitcode is not None
+    assert list(batches) == []
+
+
 def _ask_for_ever(flag: Flag, started: Connection) -> None:
     started.send(None)
     while not flag.is_set():
