@@ -126,6 +126,14 @@ def check_state(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
             f"the order of data changed ({', '.join(changed)}), so rows already seen cannot be told from new ones: "
             "set it back, or start a new run (train.init_from keeps the weights)"
         )
+    if any(
+        before["options"].get("packer") != after["options"]["packer"]
+        for before, after in zip(was, now, strict=True)
+    ):
+        raise DataError(
+            "the version that wrote the checkpoint packed samples into other rows: resume with it, or start a new run "
+            "(train.init_from keeps the weights)"
+        )
     if state["n_lanes"] != identity["n_lanes"]:
         raise DataError(
             f"the run was trained with {state['n_lanes']} lanes, this version gives {identity['n_lanes']}: resume it "
@@ -140,7 +148,7 @@ def _changes(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[
     for i, (before, after) in enumerate(zip(state["corpora"], identity["corpora"], strict=True)):
         of = f" of {after['name']}" if several else ""
         for name, value in after["options"].items():
-            if value != before["options"].get(name):
+            if name != "packer" and value != before["options"].get(name):
                 yield f"{name}{of} was {before['options'].get(name)} and is {value}"
         shares = state["shares"][i], identity["shares"][i]
         if shares[0] != shares[1]:

@@ -87,7 +87,8 @@ class WindowPlan:
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "packing": self.packing and PACKER,
+            "packing": self.packing,
+            "packer": PACKER if self.packing else None,
             "bucket_tokens": self.bucket_tokens,
             **({} if dropout is None else {"subword_dropout": dropout.probability}),
             **self.objective.describe(),

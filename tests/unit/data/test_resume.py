@@ -121,6 +121,9 @@ def test_resume_refuses_other_shards_and_other_options(
         run(pairs_config(folder, window=32, max_source_len=40), 1, 1, state)
     with pytest.raises(DataError, match="seed was 5 and is 6"):
         run(pairs_config(folder), 1, 1, state, seed=6)
+    del state["corpora"][0]["options"]["packer"]  # as before packers were counted
+    with pytest.raises(DataError, match="packed samples into other rows: resume with it"):
+        run(pairs_config(folder), 1, 1, state)
 
 
 def test_states_of_missing_or_disagreeing_ranks_are_refused(folder: Path) -> None:
