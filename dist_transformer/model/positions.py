@@ -88,7 +88,8 @@ class Rotation:
 
     def __call__(self, x_BHTK: Tensor) -> Tensor:
         """Rotate queries or keys [B, H, T, K]."""
-        first, second = x_BHTK.float().chunk(2, dim=-1)
+        wide_BHTK = x_BHTK.to(torch.promote_types(x_BHTK.dtype, torch.float32))
+        first, second = wide_BHTK.chunk(2, dim=-1)
         rotated = torch.cat(
             [
                 first * self.cos_B1Tk - second * self.sin_B1Tk,

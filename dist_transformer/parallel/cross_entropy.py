@@ -77,18 +77,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, options: _Options
     ) -> tuple[Tensor, ...]:
         needs_gradient = any(ctx.needs_input_grad)
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)  # of logits, sums and their gradients
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_gradient else None
-        weight_sum_D = weight_VD.sum(dim=0, dtype=torch.float32) if options.label_smoothing else None
-        sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_gradient else None
+        weight_sum_D = weight_VD.sum(dim=0, dtype=wide) if options.label_smoothing else None
+        sums = torch.zeros(3, dtype=wide, device=hidden_ND.device)
         is_correct_N = torch.empty(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], options.chunk_rows):
             rows = slice(start, start + options.chunk_rows)
             hidden = hidden_ND[rows]
             chunk = _chunk(
-                F.linear(hidden, weight_VD).float(),
+                F.linear(hidden, weight_VD).to(wide),
                 targets_N[rows],
-                None if weight_sum_D is None else hidden.float() @ weight_sum_D,
+                None if weight_sum_D is None else hidden.to(wide) @ weight_sum_D,
                 options,
             )
             sums += chunk.sums
@@ -127,7 +128,7 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     """Loss and gradient of some rows; overwrites the logits.
 
     Args:
-        logits: [N, V/tp] float32: those of this rank's part of the vocabulary.
+        logits: [N, V/tp] float32 or wider: those of this rank's part of the vocabulary.
         sum_: [N]: their sum, if labels are smoothed.
     """
     smoothing, z_loss, tp = options.label_smoothing, options.z_loss, options.tp
@@ -149,7 +150,7 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     if smoothing:
         objective = objective + smoothing * (log_z - sum_ / (n_own * (1 if tp is None else tp.size)))
     is_correct = (gold == largest) & counts
-    sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)]).float()
+    sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)])
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
     row_scale = (1 + 2 * z_loss * log_z) * (own_largest - largest).exp() * own_total / total
     row_scale = row_scale.clamp_(
@@ -183,9 +184,10 @@ def _add_smoothing(
 ) -> None:
     """Add what the smoothed labels' constant e / V takes from the gradient of every logit: products with vectors."""
     n_vocabulary = d_weight_VD.shape[0] * (1 if options.tp is None else options.tp.size)
-    each_N = (targets_N != options.ignore_id) * (options.label_smoothing / n_vocabulary)
+    counts_N = (targets_N != options.ignore_id).to(d_weight_VD.dtype)
+    each_N = counts_N * (options.label_smoothing / n_vocabulary)
     d_hidden_ND -= each_N[:, None] * weight_sum_D
-    d_weight_VD -= each_N @ hidden_ND.float()
+    d_weight_VD -= each_N @ hidden_ND.to(d_weight_VD.dtype)
 
 
 def _over_vocabulary(

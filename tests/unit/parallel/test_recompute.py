@@ -11,6 +11,10 @@ from dist_transformer.parallel.recompute import apply_recompute
 from tests.tools.live_bytes import LiveBytes
 from tests.unit.model.small import PRESETS, random_samples, rows_of, small_model
 
+SELECTIVE_KEEPS = {"vaswani2017_base": 0.66, "t5_v1_1_small": 0.4, "modern_small": 0.35}
+"""Of what the plain model keeps. By hand for post-norm and ReLU without dropout of attention, in units of d_model an encoder
+layer: 9 (input, queries, keys, values, both products of the feed-forward network) of 14."""
+
 ROWS = [random_samples(4, seed=row) for row in range(8)]
 
 
@@ -64,7 +68,7 @@ def test_less_is_kept_and_nothing_changes(preset: str) -> None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
         # What is drawn afterwards is the same too.
         assert torch.equal(after, torch.get_rng_state())
-    assert shares["selective", "selective"] < 0.6, shares
+    assert shares["selective", "selective"] < SELECTIVE_KEEPS[preset], shares
     assert shares["full", "full"] < 0.3, shares
     assert shares["full", "full"] < shares["every_n", "every_n"] < 0.75, shares
     assert shares["full", "none"] < 0.8, shares
