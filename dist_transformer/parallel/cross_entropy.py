@@ -1,6 +1,8 @@
 """Output projection and cross-entropy in one, over chunks of rows: the whole matrix of logits never exists."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ def linear_cross_entropy(
     ignore_id: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 1280,
     tp: TensorParallel | None = None,
 ) -> TokenLoss:
     """Loss of `softmax(hidden W^T)` against targets.
@@ -79,12 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         wide = torch.promote_types(weight_VD.dtype, torch.float32)  # of logits, sums and their gradients
         d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_gradient else None
+        d_weight_VD: Tensor | None = None
         weight_sum_D = weight_VD.sum(dim=0, dtype=wide) if options.label_smoothing else None
         sums = torch.zeros(3, dtype=wide, device=hidden_ND.device)
         is_correct_N = torch.empty(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
-        for start in range(0, hidden_ND.shape[0], options.chunk_rows):
-            rows = slice(start, start + options.chunk_rows)
+        for rows in _even_slices(hidden_ND.shape[0], options.chunk_rows):
             hidden = hidden_ND[rows]
             chunk = _chunk(
                 F.linear(hidden, weight_VD).to(wide),
@@ -94,10 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             sums += chunk.sums
             is_correct_N[rows] = chunk.is_correct
-            if d_hidden_ND is not None and d_weight_VD is not None:
-                _add_gradients(chunk, hidden, weight_VD, d_hidden_ND[rows], d_weight_VD)
+            if d_hidden_ND is not None:
+                d_weight_VD = _add_gradients(chunk, hidden, weight_VD, d_hidden_ND[rows], d_weight_VD)
         n_tokens = (targets_N != options.ignore_id).sum()
-        if d_hidden_ND is not None and d_weight_VD is not None:
+        if d_hidden_ND is not None:
+            if d_weight_VD is None:  # no rows at all
+                d_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
             if weight_sum_D is not None:
                 _add_smoothing(targets_N, hidden_ND, weight_sum_D, d_hidden_ND, d_weight_VD, options)
             ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(weight_VD.dtype))
@@ -161,17 +164,30 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
 
 
 def _add_gradients(
-    chunk: _Chunk, hidden: Tensor, weight_VD: Tensor, d_hidden: Tensor, d_weight_VD: Tensor
-) -> None:
-    """Put some rows' gradient of the hidden states in place, and add theirs of the weight."""
-    d_logits, scale_N1 = chunk.gradient.to(weight_VD.dtype), chunk.row_scale[:, None]
+    chunk: _Chunk, hidden: Tensor, weight_VD: Tensor, d_hidden: Tensor, d_weight_VD: Tensor | None
+) -> Tensor:
+    """Put some rows' gradient of the hidden states in place; returns the weight's with theirs, float32 or wider.
+
+    Args:
+        d_weight_VD: of the rows before, which may be overwritten; None for the first.
+    """
+    wide, scale_N1 = chunk.gradient.dtype, chunk.row_scale[:, None]
+    d_logits = chunk.gradient.to(weight_VD.dtype)
     torch.mm(d_logits, weight_VD, out=d_hidden)
     d_hidden *= scale_N1
     scaled = (hidden * scale_N1).to(hidden.dtype)
-    if d_weight_VD.dtype == d_logits.dtype:
-        d_weight_VD.addmm_(d_logits.t(), scaled)
-    else:
-        d_weight_VD += d_logits.t() @ scaled
+    if d_weight_VD is None:
+        return (d_logits.t() @ scaled).to(wide)
+    if wide == d_logits.dtype:
+        return d_weight_VD.addmm_(d_logits.t(), scaled)
+    return d_weight_VD.add_(d_logits.t() @ scaled)
+
+
+def _even_slices(n: int, at_most: int) -> Iterator[slice]:
+    """As few parts of n rows as may be, equal but for a row: a short last one costs much for what it does."""
+    n_parts = -(-n // at_most)
+    bounds = [n * part // n_parts for part in range(n_parts + 1)] if n_parts else []
+    return (slice(*pair) for pair in pairwise(bounds))
 
 
 def _add_smoothing(

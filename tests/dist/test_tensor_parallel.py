@@ -24,8 +24,8 @@ from tests.unit.model.small import PRESETS, random_samples, rows_of, small_confi
 
 RELATIVE = 1e-5
 EXACT = 1e-12
-"""For whole models, which are compared in float64: what shares of a sum round differently in float32 grows from layer to
-layer, past 1e-5 where attention is steep."""
+"""For whole models, which are compared in float64: what sums in another order round otherwise in float32 grows from
+layer to layer, past 1e-5 where attention is steep."""
 SHAPE = {"vocab_size": 52}
 B, S, T, D = 3, 12, 8, 32
 

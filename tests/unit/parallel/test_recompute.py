@@ -12,8 +12,8 @@ from tests.tools.live_bytes import LiveBytes
 from tests.unit.model.small import PRESETS, random_samples, rows_of, small_model
 
 SELECTIVE_KEEPS = {"vaswani2017_base": 0.66, "t5_v1_1_small": 0.4, "modern_small": 0.35}
-"""Of what the plain model keeps. By hand for post-norm and ReLU without dropout of attention, in units of d_model an encoder
-layer: 9 (input, queries, keys, values, both products of the feed-forward network) of 14."""
+"""Of what the plain model keeps. By hand for post-norm and ReLU without dropout of attention, in units of d_model an
+encoder layer: 9 (input, queries, keys, values, both products of the feed-forward network) of 14."""
 
 ROWS = [random_samples(4, seed=row) for row in range(8)]
 
