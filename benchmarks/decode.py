@@ -76,7 +76,7 @@ class Side:
     def _theirs(self, sources: Sequence[list[int]], batch_tokens: int) -> list[list[int]]:
         import torch
 
-        from dist_transformer.data.batch import EOS_ID, PAD_ID
+        from dist_transformer.data.token_ids import EOS_ID, PAD_ID
         from dist_transformer.generate.text import batches_by_length
 
         rows = [[*source[: self.data.max_source_len - 1], EOS_ID] for source in sources]

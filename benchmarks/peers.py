@@ -27,7 +27,7 @@ from benchmarks.shapes import (
     read_pairs,
     work_of,
 )
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.model.flops import Work
 
 LEARNING_RATE = 1e-3

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dist_transformer.checkpoints.folder import TrainerState
 from dist_transformer.config import build_config
-from dist_transformer.data.batch import PAD_ID
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import Saver
 from dist_transformer.parallel.mesh import Mesh

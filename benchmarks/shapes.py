@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dist_transformer.config import DataConfig, ModelConfig
-from dist_transformer.data.batch import EOS_ID, PAD_ID
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.shards import ShardSet
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.model.flops import Work, training_flops
 
 TARGET_TOKENS = 4096

@@ -11,7 +11,8 @@ from benchmarks.gpu_sections.ours import config_of
 from benchmarks.gpu_sections.rows import Pool
 from benchmarks.gpu_sections.task import Task, UnavailableError, first_line
 from dist_transformer.config import ModelConfig
-from dist_transformer.data.batch import EOS_ID, PAD_ID, Batch
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 
 ATTENTIONS = ("sdpa", "eager")
 """The best first; whether T5 has it depends on the version."""

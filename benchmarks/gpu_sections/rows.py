@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu_sections.plan import Setting
-from dist_transformer.data.batch import EOS_ID, UNK_ID, Batch
+from dist_transformer.data.assemble import assemble
+from dist_transformer.data.batch import Batch
 from dist_transformer.data.hashing import Int64
 from dist_transformer.data.packing import bucket, pack
 from dist_transformer.data.ragged import ragged_gather
-from dist_transformer.data.rows import COUNTS, PlacedRows, Rows, assemble
+from dist_transformer.data.rows import COUNTS, PlacedRows, Rows
+from dist_transformer.data.token_ids import EOS_ID, UNK_ID
 from dist_transformer.model.flops import Work, useful_work
 
 WINDOW = 4096

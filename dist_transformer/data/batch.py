@@ -6,31 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-PAD_ID = 0
-"""Token id of padding, and of the decoder's first input (T5's and Marian's convention)."""
-EOS_ID = 1
-"""Token id that ends every source and every target."""
-UNK_ID = 2
-"""Token id of what the tokenizer cannot represent."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where a lane stands after a row: all that is needed to produce the lane's next row.
-
-    `epoch` counts passes over the lane's shards, `shard` is the position in the epoch's shuffled list for
-    the lane, `window` the window within that shard, `row` the next row of that window.
-    """
-
-    epoch: int = 0
-    shard: int = 0
-    window: int = 0
-    row: int = 0
-
-
-def as_numbers(cursor: Cursor) -> tuple[int, int, int, int]:
-    """The four integers of a cursor (`dataclasses.astuple` copies deeply, which rows have no time for)."""
-    return cursor.epoch, cursor.shard, cursor.window, cursor.row
+from dist_transformer.data.cursor import Cursor
 
 
 @dataclass

@@ -5,7 +5,7 @@ import signal
 from multiprocessing import forkserver
 
 _WORKERS_MODULE = "dist_transformer.data.loader"
-"""What the server imports once for all workers, torch with it."""
+"""What the server imports once for all workers; torch is not among it."""
 SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 """Signals that workers do not see."""
 
@@ -13,7 +13,7 @@ SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 def start_fork_server() -> None:
     """Start the process that workers are forked from, if it does not run yet.
 
-    It imports torch, which takes seconds: started first thing, it does so while this process does the same.
+    Started first thing, it imports what workers need while this process imports torch.
 
     Schedulers send their signals to every process of a job step, and Ctrl-C to the whole foreground. The main
     process answers them (it finishes the step and saves), so its workers must live on until it lets them go:

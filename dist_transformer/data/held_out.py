@@ -6,10 +6,11 @@ from itertools import count, islice
 import numpy as np
 
 from dist_transformer.config.data import CorpusConfig, DataConfig
+from dist_transformer.data.assemble import assemble
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.manifest import Manifest, Split, load_manifest
 from dist_transformer.data.plan import CorpusPlan
-from dist_transformer.data.rows import COUNTS, PlacedRows, Rows, assemble
+from dist_transformer.data.rows import COUNTS, PlacedRows, Rows
 from dist_transformer.data.shards import RawWindow, ShardSet
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_transformer.data.batch import Cursor
+from dist_transformer.data.cursor import Cursor
 from dist_transformer.data.order import lane_shards
 from dist_transformer.data.plan import CorpusPlan
 from dist_transformer.data.rows import COUNTS, Rows

@@ -1,31 +1,22 @@
 """Loader workers: each owns the lanes of its residue and sends chunks of rows; the chunks interleave to one
 order.
 
-Workers are `torch.utils.data.DataLoader` processes started from a fork server. Measured on 2 busy cores,
-until two workers are ready: fork 0.05 s, but it copies a process that may hold CUDA contexts and the threads
-of gloo, NCCL and OpenMP, whose locks can be taken at that instant; spawn 6 s, since each worker imports
-torch; fork server 3.4 s the first time and 0.1 s after, since it imports torch once, for all, and its
-children share that memory.
+Workers are started from a fork server. Fork copies a process that may hold CUDA contexts and the threads of gloo, NCCL
+and OpenMP, whose locks can be taken at that instant; with spawn each worker imports everything anew; the fork server
+imports it once, for all, and its children share that memory.
 """
 
-import os
 import resource
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import sharedctypes
-from multiprocessing.context import ForkServerContext
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dist_transformer.data.batch import Cursor, as_numbers
-from dist_transformer.data.fork_server import SHIELDED, start_fork_server
+from dist_transformer.data.cursor import Cursor, as_numbers
 from dist_transformer.data.lanes import LaneReader, LaneRow, dealt_shards
 from dist_transformer.data.plan import RunPlan
-from dist_transformer.data.pool import exit_with_parent
+from dist_transformer.data.producer import Producer
 from dist_transformer.data.rows import PlacedRows, Rows
 from dist_transformer.errors import DataError
 
@@ -96,46 +87,6 @@ class RankRows:
             )
 
 
-class Flag:
-    """A switch that processes share, without a lock.
-
-    `multiprocessing.Event` takes a lock even to be read: a worker that is killed at that instant keeps it, and
-    whoever asks next waits for ever. The loader asks it whenever it finds a worker dead.
-    """
-
-    def __init__(self) -> None:
-        self._value = sharedctypes.RawValue("b", 0)
-
-    def is_set(self) -> bool:
-        return bool(self._value.value)
-
-    def set(self) -> None:
-        self._value.value = 1
-
-
-class _WorkerContext(ForkServerContext):
-    """The fork server's processes and queues, with flags that a killed process cannot hold."""
-
-    def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802  # the library's name
-        return Flag()
-
-
-class _WorkerRows(IterableDataset[Any]):
-    """What runs in a worker process."""
-
-    def __init__(self, rank_rows: RankRows, n_rows: int) -> None:
-        self._rank_rows, self._n_rows = rank_rows, n_rows
-
-    def __iter__(self) -> Iterator[PlacedRows | DataError]:
-        info = get_worker_info()
-        assert info is not None
-        try:
-            yield from self._rank_rows.chunks(info.id, info.num_workers, self._n_rows)
-        except DataError as error:
-            # Raised here, it would reach the main process wrapped in the text of a traceback.
-            yield DataError(str(error))
-
-
 class LoadedRows(Iterator[PlacedRows], Protocol):
     """Chunks of rows; whoever asks for them closes it, which ends what prepares them."""
 
@@ -158,86 +109,51 @@ def load_rows(rank_rows: RankRows, n_workers: int, n_rows: int, prefetch: int) -
         raise_open_file_limit()
     if n_workers == 0:
         return rank_rows.chunks(0, 1, n_rows)
-    start_fork_server()
     per_worker = -(-n_rows // n_workers)
-    loader: DataLoader[Any] = DataLoader(
-        _WorkerRows(rank_rows, per_worker),
-        batch_size=None,
-        num_workers=n_workers,
-        collate_fn=_as_is,
-        prefetch_factor=prefetch * n_workers,
-        multiprocessing_context=_WorkerContext(),
-        worker_init_fn=_prepare_worker,
-        # Its own: drawing the workers' seed from the default one would shift dropout after a resume.
-        generator=torch.Generator(),
+    return _InOrder(
+        [
+            Producer(_chunks, rank_rows, worker, n_workers, per_worker, ahead=prefetch * n_workers)
+            for worker in range(n_workers)
+        ],
+        per_worker,
     )
-    return _InOrder(iter(loader), n_workers, per_worker)
 
 
 class _InOrder:
-    """The workers' chunks, which come in turn, as rows in the run's order.
+    """The workers' chunks, one of each in turn, as rows in the run's order."""
 
-    The loader ends its workers when its iterator is gone, so this is its only owner, until it is closed or has failed.
-    At the interpreter's end it would be too late: workers block the signal that they would be ended with then.
-    """
-
-    def __init__(self, chunks: Iterator[Any], n_workers: int, per_worker: int) -> None:
-        self._chunks: Iterator[Any] | None = chunks
-        self._n_workers = n_workers
-        # DataLoader asks its workers in turn, so n_workers chunks together are consecutive rows, column by column.
-        self._by_turns = np.arange(n_workers * per_worker).reshape(n_workers, per_worker).T.ravel()
+    def __init__(self, workers: list[Producer], per_worker: int) -> None:
+        self._workers = workers
+        # A chunk of each worker: together they are consecutive rows, column by column.
+        self._by_turns = np.arange(len(workers) * per_worker).reshape(len(workers), per_worker).T.ravel()
 
     def __iter__(self) -> Iterator[PlacedRows]:
         return self
 
     def __next__(self) -> PlacedRows:
-        if self._chunks is None:
+        if not self._workers:
             raise StopIteration
-        turn = _next_turn(self._chunks, self._n_workers)
-        if isinstance(turn, DataError):
+        try:
+            turn: list[PlacedRows] = [worker.next() for worker in self._workers]
+        except DataError:
             self.close()
-            raise turn
+            raise
         return PlacedRows.concatenate(turn).select(self._by_turns)
 
     def close(self) -> None:
         """End the workers."""
-        self._chunks = None
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
 
 
-def _next_turn(chunks: Iterator[Any], n_workers: int) -> list[PlacedRows] | DataError:
-    """A chunk of each worker; or what went wrong, as a value: raised here, it would keep the loader's frames."""
-    turn: list[PlacedRows] = []
-    try:
-        for _ in range(n_workers):
-            chunk = next(chunks)
-            if isinstance(chunk, DataError):
-                return DataError(str(chunk))
-            turn.append(chunk)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return DataError(
-            f"a loader worker died ({reason}); if the machine ran out of memory, lower data.workers or "
-            "data.window_tokens"
-        )
-    return turn
-
-
-def _prepare_worker(_: int) -> None:
-    """Another library may have started the fork server before us, without the mask. Threads are set to 1 by
-    torch.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
-    # Of raw shards, text is tokenised here: a worker is one core's work.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    exit_with_parent()
+def _chunks(rank_rows: RankRows, worker: int, n_workers: int, n_rows: int) -> Iterator[PlacedRows]:
+    """What runs in a worker process."""
     raise_open_file_limit()
+    return rank_rows.chunks(worker, n_workers, n_rows)
 
 
 def raise_open_file_limit() -> None:
     """Every lane keeps its shard open: lift the soft limit on open files (often 1024) to the hard one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _as_is(chunk: Any) -> Any:
-    return chunk

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from dist_transformer.data.batch import Cursor, as_numbers
+from dist_transformer.data.cursor import Cursor, as_numbers
 from dist_transformer.data.mixture import UNIT
 from dist_transformer.data.plan import Corpus, RunPlan
 from dist_transformer.errors import DataError

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from dist_transformer.data.batch import Cursor
+from dist_transformer.data.cursor import Cursor
 from dist_transformer.data.hashing import Int64
 from dist_transformer.data.lanes import LaneReader
 from dist_transformer.data.manifest import Kind

@@ -7,8 +7,10 @@ from typing import Any, Self
 import numpy as np
 
 from dist_transformer.config.data import DataConfig
-from dist_transformer.data.batch import Batch, Cursor
+from dist_transformer.data.assemble import assemble
+from dist_transformer.data.batch import Batch
 from dist_transformer.data.check import DataSummary, check_data, summarise
+from dist_transformer.data.cursor import Cursor
 from dist_transformer.data.held_out import eval_batches, held_out_texts
 from dist_transformer.data.loader import LoadedRows, RankRows, load_rows
 from dist_transformer.data.order import check_lanes
@@ -20,7 +22,7 @@ from dist_transformer.data.position import (
     merge_states,
     part_of_state,
 )
-from dist_transformer.data.rows import COUNTS, PlacedRows, assemble
+from dist_transformer.data.rows import COUNTS, PlacedRows
 
 __all__ = [
     "DataSummary",

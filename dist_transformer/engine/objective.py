@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import TrainConfig
-from dist_transformer.data.batch import PAD_ID, Batch
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.model import EncoderDecoder
 from dist_transformer.parallel.cross_entropy import TokenLoss, linear_cross_entropy
 from dist_transformer.parallel.regions import TensorParallel

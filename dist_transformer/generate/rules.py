@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.model import EncoderDecoder
 
 DEAD = float("-inf")

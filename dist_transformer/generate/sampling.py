@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_transformer.data.batch import PAD_ID
 from dist_transformer.data.hashing import UInt64, hash_array, hash_key
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.generate.rules import DEAD, Rules, without_eos, worth_dropping
 from dist_transformer.generate.search import Hypothesis
 from dist_transformer.model import EncoderDecoder

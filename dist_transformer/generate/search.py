@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_transformer.data.batch import PAD_ID
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.generate.rules import DEAD, Rules, without_eos, worth_dropping
 from dist_transformer.model import EncoderDecoder
 

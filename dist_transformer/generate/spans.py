@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dist_transformer.config import GenerateConfig
-from dist_transformer.data.batch import EOS_ID
+from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
 from dist_transformer.generate.text import OnProgress, check_n_best, search_sources

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dist_transformer.config import GenerateConfig
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import ConfigError
 from dist_transformer.generate.rules import Rules

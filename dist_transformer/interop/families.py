@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_transformer.config import ModelConfig
 from dist_transformer.config.model import Side
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.errors import ConfigError
 from dist_transformer.interop.names import BART, T5_GATED, T5_PLAIN, Table
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
 from dist_transformer.config import GenerateConfig, ModelConfig, build_config
-from dist_transformer.data.batch import PAD_ID
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import CheckpointError, ConfigError
 from dist_transformer.interop.families import Family, choose_family, family_of, special_ids

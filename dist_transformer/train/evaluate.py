@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dist_transformer.config import Config, CorpusConfig, DataConfig, TextMetric, TokenMetric
 from dist_transformer.config.data import metric_name
-from dist_transformer.data.batch import EOS_ID, Batch
+from dist_transformer.data.batch import Batch
 from dist_transformer.data.held_out import eval_batches, held_out_texts
+from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.engine import Engine
 from dist_transformer.errors import DataError

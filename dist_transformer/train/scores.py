@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from dist_transformer.config import Metric, TextMetric
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.errors import DataError
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from dist_transformer.scoring import Grouped, Score, group_by_source, score_texts

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dist_transformer.checkpoints.folder import TrainerState, latest_checkpoint
 from dist_transformer.config import Config, build_config
-from dist_transformer.data.batch import PAD_ID
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.checkpoint import check_checkpoint, load_checkpoint
 from dist_transformer.engine.engine import Engine
 from dist_transformer.engine.saving import save_checkpoint

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_transformer.data.batch import PAD_ID, Batch
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
 from tests.dist.harness import Mesh, run_ranks
 from tests.dist.test_gradients import Split, config_of, part, rows_of

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dist_transformer.config import Config, build_config
-from dist_transformer.data.batch import PAD_ID, Batch
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
 from tests.dist.harness import Mesh, run_ranks
 

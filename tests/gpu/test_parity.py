@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_transformer.data.batch import PAD_ID
+from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
 from dist_transformer.generate.search import beam_search
 from dist_transformer.model import EncoderDecoder

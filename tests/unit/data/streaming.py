@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_transformer.config.data import DataConfig
-from dist_transformer.data.batch import Batch, Cursor
+from dist_transformer.data.batch import Batch
+from dist_transformer.data.cursor import Cursor
 from dist_transformer.data.stream import TrainStream, merge_states
 from tests.unit.data.conftest import numbers_in
 

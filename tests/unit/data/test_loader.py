@@ -7,13 +7,10 @@ import subprocess
 import sys
 import textwrap
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from dist_transformer.data.fork_server import start_fork_server
-from dist_transformer.data.loader import Flag
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.errors import DataError
 from tests.unit.data.conftest import MakeShards, numbered_pairs
@@ -82,6 +79,12 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
     stream.close()
 
 
+def test_workers_do_without_torch() -> None:
+    """It would cost each rank's fork server seconds at the start and memory for good."""
+    code = "import sys, dist_transformer.data.loader; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_workers_end_with_a_stream_that_nobody_read(folder: Path) -> None:
     """As when the model cannot be built: the caller still has the batches, and they block the signals of an exit."""
     stream = TrainStream(pairs_config(folder, workers=1), seed=1, dp_rank=0, dp_size=1, micro_batch_size=2)
@@ -91,29 +94,6 @@ def test_workers_end_with_a_stream_that_nobody_read(folder: Path) -> None:
     worker.join(timeout=30)
     assert worker.exitcode is not None
     assert list(batches) == []
-
-
-def _ask_for_ever(flag: Flag, started: Connection) -> None:
-    started.send(None)
-    while not flag.is_set():
-        pass
-
-
-def test_a_flag_can_be_asked_after_a_process_died_while_asking() -> None:
-    """An Event of multiprocessing cannot: asked the same way it hung after the tenth."""
-    start_fork_server()
-    context = multiprocessing.get_context("forkserver")
-    flag = Flag()
-    for _ in range(20):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_ask_for_ever, args=(flag, theirs))
-        process.start()
-        ours.recv()
-        process.kill()
-        process.join()
-        assert not flag.is_set()
-    flag.set()
-    assert flag.is_set()
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["damaged shard", "killed worker"])

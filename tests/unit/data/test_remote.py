@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dist_transformer.config.data import DataConfig, RemoteConfig
-from dist_transformer.data.batch import Cursor
 from dist_transformer.data.cache import Fetchers, ShardCache
+from dist_transformer.data.cursor import Cursor
 from dist_transformer.data.lanes import LaneReader
 from dist_transformer.data.manifest import load_manifest
 from dist_transformer.data.plan import RunPlan, load_corpora

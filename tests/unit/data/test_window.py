@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from dist_transformer.config.data import DataConfig
+from dist_transformer.data.assemble import assemble
 from dist_transformer.data.held_out import eval_batches
 from dist_transformer.data.objectives import Window
 from dist_transformer.data.prepare import prepare_pairs
 from dist_transformer.data.reader import RawWindow
-from dist_transformer.data.rows import COUNTS, PlacedRows, Rows, assemble
+from dist_transformer.data.rows import COUNTS, PlacedRows, Rows
 from dist_transformer.data.subwords import SubwordDropout
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.data.window import WindowPlan

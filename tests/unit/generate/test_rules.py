@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.generate.rules import Rules
 from dist_transformer.generate.search import beam_search
 from tests.unit.generate.test_search import huggingface_twin, log_p, pad, sources

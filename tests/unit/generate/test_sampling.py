@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.generate.rules import Rules
 from dist_transformer.generate.sampling import Distribution, sample
 from dist_transformer.generate.search import Hypothesis, beam_search

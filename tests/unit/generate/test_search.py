@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, T5Config, T5ForConditionalGeneration
 
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.generate.search import Hypothesis, _top_k, beam_search
 from dist_transformer.interop.families import choose_family
 from dist_transformer.interop.huggingface import to_huggingface

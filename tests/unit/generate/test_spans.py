@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_transformer.config import GenerateConfig
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
 from dist_transformer.generate import spans as spans_module

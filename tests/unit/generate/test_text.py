@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_transformer.config import GenerateConfig
-from dist_transformer.data.batch import EOS_ID
+from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.generate.search import beam_search
 from dist_transformer.generate.text import (

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from dist_transformer.data.batch import EOS_ID
+from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.model import EncoderDecoder, build_model, initialize
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from tests.unit.model.small import VOCAB, hidden_states, small_config

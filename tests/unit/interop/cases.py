@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_transformer.data.batch import EOS_ID, PAD_ID
+from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.model import EncoderDecoder
 from tests.unit.model.small import small_model

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dist_transformer.config.data import DataConfig
+from dist_transformer.data.assemble import assemble
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.reader import RawWindow
-from dist_transformer.data.rows import PlacedRows, assemble
+from dist_transformer.data.rows import PlacedRows
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.data.window import WindowPlan
 from dist_transformer.model import EncoderDecoder
