@@ -19,30 +19,56 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """
     if not training or probability == 0.0:
         return x
-    n_dropped = round(probability * _STEPS)
-    if x.device.type != "cpu" or not 0 < n_dropped < _STEPS:
+    if not _draws_here(x, probability):
         return F.dropout(x, probability)
-    dropped: Tensor = _Dropout.apply(x, n_dropped)  # type: ignore[no-untyped-call]
+    dropped: Tensor = _AddDropped.apply(None, x, round(probability * _STEPS))  # type: ignore[no-untyped-call]
     return dropped
 
 
-class _Dropout(torch.autograd.Function):
+def add_dropped(residual: Tensor, x: Tensor, probability: float, training: bool) -> Tensor:
+    """residual + dropout(x): on a CPU in one pass."""
+    if not training or probability == 0.0:
+        return residual + x
+    if not _draws_here(x, probability) or residual.dtype != x.dtype:
+        return residual + dropout(x, probability, training)
+    total: Tensor = _AddDropped.apply(residual, x, round(probability * _STEPS))  # type: ignore[no-untyped-call]
+    return total
+
+
+def _draws_here(x: Tensor, probability: float) -> bool:
+    return x.device.type == "cpu" and 0 < round(probability * _STEPS) < _STEPS
+
+
+class _AddDropped(torch.autograd.Function):
+    """residual + x times 0 or the scale; without a residual, 0 + that."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, n_dropped: int) -> Tensor:
+    def forward(ctx: Any, residual: Tensor | None, x: Tensor, n_dropped: int) -> Tensor:
         # All of 2^64; without bounds torch would leave the sign bit 0.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        ctx.save_for_backward(uniform)
-        ctx.n_dropped = n_dropped
-        return _keep(x, uniform, n_dropped)
+        is_kept = _is_kept(uniform, n_dropped, x.dtype)
+        # Two bytes an element either way.
+        ctx.save_for_backward(is_kept if is_kept.element_size() == uniform.element_size() else uniform)
+        ctx.n_dropped, ctx.has_residual = n_dropped, residual is not None
+        return _masked(x.new_zeros(()) if residual is None else residual, x, is_kept, n_dropped)
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:
-        (uniform,) = ctx.saved_tensors
-        return _keep(d_y, uniform, ctx.n_dropped), None
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        is_kept = kept if kept.dtype == d_y.dtype else _is_kept(kept, ctx.n_dropped, d_y.dtype)
+        return (
+            d_y if ctx.has_residual else None,
+            _masked(d_y.new_zeros(()), d_y, is_kept, ctx.n_dropped),
+            None,
+        )
 
 
-def _keep(x: Tensor, uniform: Tensor, n_dropped: int) -> Tensor:
-    """x times 0 or the scale. Compared as floats, for which torch's comparisons are vectorised."""
-    is_kept = uniform.to(x.dtype if x.dtype == torch.float64 else torch.float32).ge_(n_dropped - _STEPS // 2)
-    return (x * is_kept.to(x.dtype)).mul_(_STEPS / (_STEPS - n_dropped))
+def _is_kept(uniform: Tensor, n_dropped: int, dtype: torch.dtype) -> Tensor:
+    """0 or 1. Compared as floats, for which torch's comparisons are vectorised."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return uniform.to(wide).ge_(n_dropped - _STEPS // 2).to(dtype)
+
+
+def _masked(residual: Tensor, x: Tensor, is_kept: Tensor, n_dropped: int) -> Tensor:
+    return torch.addcmul(residual, x, is_kept, value=_STEPS / (_STEPS - n_dropped))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
-from dist_transformer.model.dropout import dropout
+from dist_transformer.model.dropout import add_dropped, dropout
 from dist_transformer.model.positions import LearnedPositions, sinusoid_table
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,7 +73,7 @@ class AddNorm(nn.Module):
     def forward(self, x_BTD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `sublayer` to [B, T, D] with dropout on its output, add, normalise."""
         y_BTD = sublayer(self.norm(x_BTD) if self.pre else x_BTD)
-        sum_BTD = x_BTD + dropout(y_BTD, self.dropout, self.training)
+        sum_BTD = add_dropped(x_BTD, y_BTD, self.dropout, self.training)
         return sum_BTD if self.pre else self.norm(sum_BTD)
 
 

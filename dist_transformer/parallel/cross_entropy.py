@@ -15,6 +15,8 @@ from dist_transformer.parallel.regions import TensorParallel
 
 _LEAST_SCALE = 1e-30
 """Least factor of a row's gradient; its reciprocal is a float32 and a bfloat16 too."""
+_CACHED = 2**18
+"""Logits that a core has at hand at a time: a float32 MiB."""
 
 
 class TokenLoss(NamedTuple):
@@ -88,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _even_slices(hidden_ND.shape[0], options.chunk_rows):
             hidden = hidden_ND[rows]
             chunk = _chunk(
-                F.linear(hidden, weight_VD).to(wide),
+                F.linear(hidden, weight_VD),
                 targets_N[rows],
                 None if weight_sum_D is None else hidden.to(wide) @ weight_sum_D,
                 options,
@@ -131,7 +133,7 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     """Loss and gradient of some rows; overwrites the logits.
 
     Args:
-        logits: [N, V/tp] float32 or wider: those of this rank's part of the vocabulary.
+        logits: [N, V/tp]: those of this rank's part of the vocabulary.
         sum_: [N]: their sum, if labels are smoothed.
     """
     smoothing, z_loss, tp = options.label_smoothing, options.z_loss, options.tp
@@ -139,11 +141,8 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     own = targets - (0 if tp is None else tp.rank * n_own)
     is_own = (own >= 0) & (own < n_own)
     own = torch.where(is_own, own, 0)[:, None]
-    own_largest = logits.amax(dim=-1)
-    own_gold = logits.gather(1, own).squeeze(1) * is_own
-    # The fused softmax reads the logits once. The largest probability is 1 / sum exp(logit - largest).
-    softmax = torch.softmax(logits, dim=-1, out=logits)
-    own_total = softmax.amax(dim=-1).reciprocal()
+    own_largest, own_total, gold_logit, gold_share = _softmax(logits, own)
+    own_gold = gold_logit * is_own
     largest, total, gold, sum_ = _over_vocabulary(
         own_largest, own_total, own_gold, torch.zeros_like(own_gold) if sum_ is None else sum_, tp
     )
@@ -156,11 +155,40 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)])
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
     row_scale = (1 + 2 * z_loss * log_z) * (own_largest - largest).exp() * own_total / total
-    row_scale = row_scale.clamp_(
-        min=_LEAST_SCALE
-    )  # a rank may have nothing but the target: that part must not go
-    gradient = softmax.scatter_add_(1, own, (is_own * (smoothing - 1.0) / row_scale)[:, None])
-    return _Chunk(sums, is_correct, gradient, row_scale * counts)
+    # A rank may have nothing but the target: that part must not go.
+    row_scale = row_scale.clamp_(min=_LEAST_SCALE)
+    gold_gradient = gold_share + is_own * (smoothing - 1.0) / row_scale
+    logits[torch.arange(len(logits), device=logits.device), own[:, 0]] = gold_gradient.to(logits.dtype)
+    return _Chunk(sums, is_correct, logits, row_scale * counts)
+
+
+def _softmax(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Turns logits [N, V] into their softmax, in place.
+
+    On a CPU in blocks of rows that stay in its cache: each pass over all logits would read them from memory.
+
+    Args:
+        gold: [N, 1] a column of each row.
+
+    Returns:
+        Each row's largest logit, sum of exp(logit - largest), and logit and probability in the column `gold`: [N]
+        each, float32 or wider.
+    """
+    n_rows, n_columns = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    largest, total, gold_logit, gold_share = logits.new_empty(4, n_rows, dtype=wide)
+    block_rows = max(1, _CACHED // n_columns) if logits.device.type == "cpu" else n_rows
+    for rows in _even_slices(n_rows, block_rows):
+        block = logits[rows].to(wide)
+        largest[rows] = block.amax(dim=-1)
+        gold_logit[rows] = block.gather(1, gold[rows]).squeeze(1)
+        torch.softmax(block, dim=-1, out=block)
+        # The largest probability is 1 / sum exp(logit - largest).
+        total[rows] = block.amax(dim=-1).reciprocal_()
+        gold_share[rows] = block.gather(1, gold[rows]).squeeze(1)
+        if logits.dtype != wide:
+            logits[rows] = block
+    return largest, total, gold_logit, gold_share
 
 
 def _add_gradients(
@@ -171,14 +199,13 @@ def _add_gradients(
     Args:
         d_weight_VD: of the rows before, which may be overwritten; None for the first.
     """
-    wide, scale_N1 = chunk.gradient.dtype, chunk.row_scale[:, None]
-    d_logits = chunk.gradient.to(weight_VD.dtype)
+    d_logits, scale_N1 = chunk.gradient, chunk.row_scale[:, None]
     torch.mm(d_logits, weight_VD, out=d_hidden)
     d_hidden *= scale_N1
     scaled = (hidden * scale_N1).to(hidden.dtype)
     if d_weight_VD is None:
-        return (d_logits.t() @ scaled).to(wide)
-    if wide == d_logits.dtype:
+        return (d_logits.t() @ scaled).to(scale_N1.dtype)
+    if d_weight_VD.dtype == d_logits.dtype:
         return d_weight_VD.addmm_(d_logits.t(), scaled)
     return d_weight_VD.add_(d_logits.t() @ scaled)
 
