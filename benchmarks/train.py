@@ -135,6 +135,7 @@ def our_config(setting: Setting, folder: Path) -> Path:
             "precision": "fp32",
         },
         "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0},
+        "parallel": {"zero_stage": 0 if setting.ranks == 1 else 2},  # one rank has nobody to share with
         "checkpoint": {"every": 10**6},
         "tracking": {"every": setting.warm_up, "wandb": {"mode": "disabled"}},
     }
