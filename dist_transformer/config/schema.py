@@ -117,8 +117,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = True
     """With tensor parallelism: shard norms and residuals along the sequence too."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed ZeRO shards over data-parallel ranks: nothing; optimizer; and gradients; and parameters. On one rank
-    in fp32, 0 is the fastest and needs the least memory: with nobody to share with, 2 copies gradients all the same."""
+    """What DeepSpeed ZeRO shards over data-parallel ranks: nothing; optimizer; and gradients; and parameters. On one
+    rank in fp32, 0 is the fastest and needs the least memory: 2 copies gradients, with nobody to share them with."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in CPU memory: nothing, optimizer states (stages 1-3), or parameters too (stage 3)."""
 

@@ -8,7 +8,9 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,7 +30,10 @@ class Producer:
 
     Args:
         produce: makes the iterator in that process; it and its arguments are pickled.
-        ahead: values that wait there to be read, at most, beside the one that is on its way.
+        ahead: values that wait there to be read, at most, beside one that is on its way and one that is just made.
+
+    Raises:
+        DataError: the process cannot be started.
     """
 
     def __init__(self, produce: Callable[..., Iterator[Any]], *arguments: Any, ahead: int) -> None:
@@ -36,7 +41,10 @@ class Producer:
         context = get_context("forkserver")
         self._values, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_run, args=(theirs, ahead, produce, arguments), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except (EOFError, OSError) as error:
+            raise DataError(_died(f"it could not be started: {error}")) from None
         theirs.close()  # the process alone has it now: its death is the end of the pipe
         # The interpreter's end would wait for it: it blocks the signal that it would be ended with then.
         self._end = Finalize(self, _kill, args=(self._process, self._values), exitpriority=10)
@@ -46,6 +54,7 @@ class Producer:
 
         Raises:
             DataError: the iterator raised it, or the process died.
+            RuntimeError: the iterator raised anything else, with the traceback of there.
         """
         try:
             value = self._values.recv()
@@ -54,6 +63,8 @@ class Producer:
             raise DataError(_died(_reason(self._process.exitcode))) from None
         if isinstance(value, DataError):
             raise value
+        if isinstance(value, _Bug):
+            raise RuntimeError(f"in a loader worker:\n{value.traceback}")
         return value
 
     def close(self) -> None:
@@ -61,10 +72,18 @@ class Producer:
         self._end()
 
 
+@dataclass(frozen=True)
+class _Bug:
+    """An exception that nobody foresaw."""
+
+    traceback: str
+
+
 def _kill(process: BaseProcess, values: Connection) -> None:
-    process.kill()
-    process.join()
     values.close()
+    if process.is_alive():  # another process may have the number of a dead one
+        process.kill()
+    process.join(_END_S)  # one that waits for a dead disk cannot be killed
 
 
 def _died(reason: str) -> str:
@@ -74,7 +93,8 @@ def _died(reason: str) -> str:
 
 def _reason(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
+        known = {number.value: number.name for number in signal.Signals}
+        return f"killed by {known.get(-exit_code, f'signal {-exit_code}')}"
     return f"exit code {exit_code}"
 
 
@@ -93,8 +113,10 @@ def _run(values: Connection, ahead: int, produce: Callable[..., Iterator[Any]], 
             waiting.put(value)
     except DataError as error:
         waiting.put(DataError(str(error)))  # without the frames that it was raised in
-    except Exception as error:
-        waiting.put(DataError(_died(f"{type(error).__name__}: {error}")))
+    except MemoryError:
+        waiting.put(DataError(_died("out of memory")))
+    except Exception:
+        waiting.put(_Bug(traceback.format_exc()))
     waiting.put(None)
     sender.join()
 
@@ -105,3 +127,6 @@ def _send(values: Connection, waiting: "queue.Queue[Any]") -> None:
             values.send(value)
         except OSError:  # nobody reads any more
             os._exit(0)
+        except BaseException:  # the thread alone would end, and its reader wait for ever
+            traceback.print_exc()
+            os._exit(1)

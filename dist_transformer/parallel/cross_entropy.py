@@ -16,7 +16,7 @@ from dist_transformer.parallel.regions import TensorParallel
 _LEAST_SCALE = 1e-30
 """Least factor of a row's gradient; its reciprocal is a float32 and a bfloat16 too."""
 _CACHED = 2**18
-"""Logits that a core has at hand at a time: a float32 MiB."""
+"""Logits that a core keeps at hand: a float32 MiB."""
 
 
 class TokenLoss(NamedTuple):
@@ -156,8 +156,8 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
     row_scale = (1 + 2 * z_loss * log_z) * (own_largest - largest).exp() * own_total / total
     # A rank may have nothing but the target: that part must not go.
-    row_scale = row_scale.clamp_(min=_LEAST_SCALE)
-    gold_gradient = gold_share + is_own * (smoothing - 1.0) / row_scale
+    row_scale = torch.where(row_scale.abs() < _LEAST_SCALE, _LEAST_SCALE, row_scale)
+    gold_gradient = gold_share + torch.where(is_own, (smoothing - 1.0) / row_scale, 0.0)
     logits[torch.arange(len(logits), device=logits.device), own[:, 0]] = gold_gradient.to(logits.dtype)
     return _Chunk(sums, is_correct, logits, row_scale * counts)
 
@@ -177,7 +177,9 @@ def _softmax(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     n_rows, n_columns = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
     largest, total, gold_logit, gold_share = logits.new_empty(4, n_rows, dtype=wide)
-    block_rows = max(1, _CACHED // n_columns) if logits.device.type == "cpu" else n_rows
+    block_rows = n_rows
+    if logits.device.type == "cpu":
+        block_rows = max(1, _CACHED // n_columns) * torch.get_num_threads()
     for rows in _even_slices(n_rows, block_rows):
         block = logits[rows].to(wide)
         largest[rows] = block.amax(dim=-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.model.attention import may_attend, scores_mask
 from dist_transformer.model.initialize import fill
 from dist_transformer.model.positions import Rotation
+from dist_transformer.parallel import cross_entropy
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from dist_transformer.parallel.random import first_seed, own_draws
 from dist_transformer.parallel.recompute import apply_recompute
@@ -157,27 +159,34 @@ def check_embeddings(tp: TensorParallel) -> None:
 
 def check_loss(tp: TensorParallel) -> None:
     generator = torch.Generator().manual_seed(8)
-    for label_smoothing, z_loss in ((0.0, 0.0), (0.1, 1e-3)):
-        whole, part = twins("vaswani2017_base", tp)
-        hidden = torch.randn(B, T, D, generator=generator).requires_grad_()
-        own = own_positions(hidden.detach(), tp).clone().requires_grad_()
-        targets = torch.randint(0, SHAPE["vocab_size"], (B * T,), generator=generator)  # 0 does not count
-        options: dict[str, Any] = {
-            "ignore_id": 0,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "chunk_rows": 5,
-        }
-        expected = linear_cross_entropy(hidden.flatten(0, 1), whole.output_weight, targets, **options)
-        entered = part.decoder.output_input(own).flatten(0, 1)
-        found = linear_cross_entropy(entered, part.output_weight, targets, tp=tp, **options)
-        for name, mine, theirs in zip(expected._fields, found, expected, strict=True):
-            assert torch.allclose(mine.double(), theirs.double(), rtol=RELATIVE, atol=0), name
-        expected.objective.backward()  # type: ignore[no-untyped-call]
-        found.objective.backward()  # type: ignore[no-untyped-call]
-        assert hidden.grad is not None and own.grad is not None
-        assert error(own.grad, own_positions(hidden.grad, tp)) < RELATIVE
-        compare_gradients(part, whole, tp, "output projection")
+    for label_smoothing, z_loss, cached in ((0.0, 0.0, 2**18), (0.1, 1e-3, 2**18), (0.1, 1e-3, 60)):
+        with mock.patch.object(cross_entropy, "_CACHED", cached):  # the last one: several blocks a chunk
+            check_loss_with(tp, generator, label_smoothing, z_loss)
+
+
+def check_loss_with(
+    tp: TensorParallel, generator: torch.Generator, label_smoothing: float, z_loss: float
+) -> None:
+    whole, part = twins("vaswani2017_base", tp)
+    hidden = torch.randn(B, T, D, generator=generator).requires_grad_()
+    own = own_positions(hidden.detach(), tp).clone().requires_grad_()
+    targets = torch.randint(0, SHAPE["vocab_size"], (B * T,), generator=generator)  # 0 does not count
+    options: dict[str, Any] = {
+        "ignore_id": 0,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "chunk_rows": 5,
+    }
+    expected = linear_cross_entropy(hidden.flatten(0, 1), whole.output_weight, targets, **options)
+    entered = part.decoder.output_input(own).flatten(0, 1)
+    found = linear_cross_entropy(entered, part.output_weight, targets, tp=tp, **options)
+    for name, mine, theirs in zip(expected._fields, found, expected, strict=True):
+        assert torch.allclose(mine.double(), theirs.double(), rtol=RELATIVE, atol=0), name
+    expected.objective.backward()  # type: ignore[no-untyped-call]
+    found.objective.backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and own.grad is not None
+    assert error(own.grad, own_positions(hidden.grad, tp)) < RELATIVE
+    compare_gradients(part, whole, tp, "output projection")
 
 
 KINDS = [

@@ -79,12 +79,6 @@ def test_a_killed_worker_is_an_error_not_a_hang(folder: Path) -> None:
     stream.close()
 
 
-def test_workers_do_without_torch() -> None:
-    """It would cost each rank's fork server seconds at the start and memory for good."""
-    code = "import sys, dist_transformer.data.loader; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_workers_end_with_a_stream_that_nobody_read(folder: Path) -> None:
     """As when the model cannot be built: the caller still has the batches, and they block the signals of an exit."""
     stream = TrainStream(pairs_config(folder, workers=1), seed=1, dp_rank=0, dp_size=1, micro_batch_size=2)

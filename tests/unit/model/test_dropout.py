@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_transformer.model.dropout import dropout
+from dist_transformer.model.dropout import add_dropped, dropout
 from tests.unit.model.small import PRESETS, hidden_states, random_samples, small_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -85,6 +85,22 @@ class TestDropout:
         assert torch.equal(x.grad == 0, y == 0)
         assert x.grad.max().item() == pytest.approx(1 / 0.6, rel=1e-2)
         assert torch.allclose((x * x.grad).double(), y.double(), rtol=1e-2)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_with_a_residual_it_is_the_sum(self, dtype: torch.dtype) -> None:
+        """Value and both gradients; neither tensor is contiguous. One rounding less in bfloat16."""
+        residual, x = (torch.randn(5, 7, 3, dtype=dtype).transpose(0, 1).requires_grad_() for _ in range(2))
+        upstream = torch.randn(7, 5, 3, dtype=dtype)
+        torch.manual_seed(1)
+        apart = residual + dropout(x, 0.4, True)
+        expected = torch.autograd.grad(apart, (residual, x), upstream)
+        torch.manual_seed(1)
+        together = add_dropped(residual, x, 0.4, True)
+        found = torch.autograd.grad(together, (residual, x), upstream)
+        rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(together, apart, rtol=rounding, atol=rounding)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        assert torch.equal(add_dropped(residual, x, 0.4, False), residual + x)
 
     def test_nothing_and_everything(self) -> None:
         x = torch.randn(4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_transformer.parallel import cross_entropy
 from dist_transformer.parallel.cross_entropy import TokenLoss, linear_cross_entropy
 
 N_ROWS, D_MODEL, VOCAB = 37, 16, 53
@@ -35,8 +36,13 @@ def reference(
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 36, 37, 1000])
+@pytest.mark.parametrize("cached", [2**18, 300, 10], ids=["one block", "blocks", "single rows"])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
-def test_equals_torch(label_smoothing: float, z_loss: float, chunk_rows: int) -> None:
+def test_equals_torch(
+    label_smoothing: float, z_loss: float, chunk_rows: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 throughout."""
+    monkeypatch.setattr(cross_entropy, "_CACHED", cached)
     hidden, weight, targets = inputs()
     expected, expected_plain = reference(hidden, weight, targets, label_smoothing, z_loss)
     # Not 1: the gradient that arrives from behind must be used.
@@ -51,11 +57,10 @@ def test_equals_torch(label_smoothing: float, z_loss: float, chunk_rows: int) ->
         chunk_rows=chunk_rows,
     )
     (3.0 * loss.objective).backward()
-    # Sums are kept in float32, and gradients of the weight too; the rest is float64 up to the logits.
-    torch.testing.assert_close(loss.objective.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(loss.cross_entropy.double(), expected_plain, rtol=1e-6, atol=0)
-    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.objective, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
 
 
 def test_counts() -> None:
@@ -109,8 +114,10 @@ def test_gradient_of_one_side_only(frozen: str) -> None:
     torch.testing.assert_close(trained.grad, d_trained, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_near_fp32() -> None:
+@pytest.mark.parametrize("cached", [2**18, 300], ids=["one block", "blocks"])
+def test_bf16_is_near_fp32(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product rounds logits to bf16, so each is off by at most 2^-9 of itself; all else is float32."""
+    monkeypatch.setattr(cross_entropy, "_CACHED", cached)
     hidden, weight, targets = inputs(torch.bfloat16)
     hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
     loss = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1, z_loss=1e-4)
@@ -144,6 +151,18 @@ class _LargestTensor(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.n_elements = max(self.n_elements, tensor.numel())
         return out
+
+
+def test_a_strong_z_loss_of_small_logits_is_kept() -> None:
+    """1 + 2 z log Z, the factor of a row's gradient, may be negative."""
+    hidden = torch.full((3, 4), -2.0, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 2, 3])
+    expected, _ = reference(hidden, weight, targets, 0.0, 1.0)
+    d_hidden, d_weight = torch.autograd.grad(expected, (hidden, weight))
+    linear_cross_entropy(hidden, weight, targets, ignore_id=0, z_loss=1.0).objective.backward()
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
 
 
 def test_never_more_logits_than_a_chunk() -> None:
