@@ -28,7 +28,7 @@ SMALL = {
     "n_decoder_layers": 2,
     "dropout": 0.0,
 }
-N_LINES = 40
+N_LINES = 200
 
 
 @pytest.fixture(scope="module", params=["t5_v1_1_small", "vaswani2017_base"])
