@@ -8,6 +8,12 @@
 #   pronounce_cmudict       {train,val}.tsv               "word TAB phonemes", one pronunciation a line
 #   pretrain_novels         train-*.txt[.gz], val.txt     a paragraph a line, an empty line between books
 #   finetune_e2e            as describe_e2e; goes on from what pretrain_novels left
+# Where they come from, all on GitHub (licences and citations there):
+#   Multi30k   multi30k/dataset, data/task1/raw/*.gz, and data/task1/tok/*.lc.norm.tok.*; test2016 is test_2016_flickr
+#   E2E NLG    tuetschek/e2e-dataset, trainset.csv and devset.csv: columns mr and ref
+#   CMUdict    cmusphinx/cmudict, cmudict.dict: words of a-z and apostrophes, marks like (2) and comments left out; hold out
+#              words by their hash, so that no word is in two parts
+#   novels     computationalstylistics/100_english_novels, corpus/*.txt
 # Shards that are there are used again. Run it again to go on with a run that was stopped.
 set -euo pipefail
 recipe=${1:?usage: $0 RECIPE DATA_DIR [section.key=value ...]}

@@ -36,8 +36,8 @@ from dist_transformer.tracking import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 ROW_LEN = 64
 """Our rows' source side; the target side is as much longer as the corpus's targets are. The longest sample fits."""
-MICRO_STEPS = 4
-"""Of one process, for a quarter of the activations. Several ranks have one: ZeRO 2 sums gradients after each."""
+MICRO_STEPS = 2
+"""Of one process, for half of the activations. Several ranks have one: ZeRO 2 sums gradients after each."""
 MEMORY_EVERY_S = 3.0
 """The kernel walks through all pages of a process to count them: 60 ms for each GiB."""
 CONTESTANTS = ("ours", *PEERS, "trainer")

@@ -19,10 +19,13 @@ HISTORY = {"log.md", "decisions.md"}
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "slurm" / "README.md",
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in HISTORY),
 ]
 SCRIPT = re.compile(r"(?:launch|slurm|\.ci)/[\w.-]+")
-by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+JOBS_OF = {"slurm/evaluate.sbatch": "evaluate", "slurm/prepare_array.sbatch": "prepare"}
+"""Batch scripts that hand their arguments to a command."""
 
 
 def test_reference_is_in_sync() -> None:
@@ -79,6 +82,7 @@ def test_refused_deepspeed_keys_are_refused(key: str) -> None:
 def commands(document: Path) -> Iterator[list[str]]:
     """The commands of a document's shell blocks, as words, each side of a pipe by itself."""
     for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(encoding="utf-8"), re.S | re.M):
+        block = re.sub(r"^\w+=\$\((.*)\)$", r"\1", block, flags=re.M)  # name=$(command)
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line, posix=True, punctuation_chars="|;&>")
             words.whitespace_split = True
@@ -111,13 +115,18 @@ def test_commands_exist(document: Path) -> None:
             targets = [word for word in command[1:] if "=" not in word]
             assert targets and all(re.search(rf"^{target}:", makefile, re.M) for target in targets), said
         elif script := next((word for word in command if SCRIPT.fullmatch(word)), None):
-            check_script(script, command[command.index(script) + 1 :], said)
+            arguments = command[command.index(script) + 1 :]
+            if script in JOBS_OF:
+                assert (ROOT / script).exists(), said
+                check_command([JOBS_OF[script], *arguments], said)
+            else:
+                check_script(script, arguments, said)
         elif program == "python":
             module = command[command.index("-m") + 1]
             assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").exists(), said
             assert all((ROOT / w).exists() for w in command if w.startswith("tests/")), said
         else:
-            assert program in {"echo", "wandb", "tensorboard", "cp", "pip"}, f"{said}: unknown program"
+            assert program in {"echo", "ls", "wandb", "tensorboard", "cp", "pip"}, f"{said}: unknown program"
 
 
 def check_command(arguments: list[str], said: str) -> None:
@@ -175,7 +184,9 @@ def test_inline_commands_files_and_fields_exist(document: Path) -> None:
         elif script := re.match(r"((?:launch|slurm)/[\w.]+) (.*)", code):
             check_script(script[1], shlex.split(script[2]), said)
         elif field := re.fullmatch(r"(\w+(?:\.\w+)*)\.(\w+)(?:=.*)?", code):
-            is_file = code == "model.safetensors" or (ROOT / "dist_transformer" / code).exists()
+            is_file = code == "model.safetensors" or any(
+                (ROOT / at / code).exists() for at in ("dist_transformer", "slurm")
+            )
             if field[1] in known and not is_file:
                 assert field[2] in known[field[1]].model_fields, said
         elif code.startswith(("vaswani", "t5_v", "modern_")):
