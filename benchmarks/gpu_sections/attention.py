@@ -72,8 +72,14 @@ def reference(case: Case, biased: bool) -> Attend:
     return attend
 
 
+def sdpa_mask(case: Case) -> Attend:
+    """What the model runs without a bias."""
+    mask = scores_mask(case.allowed, None, torch.bfloat16)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+
+
 def sdpa_boolean(case: Case) -> Attend:
-    """What the model runs with rotary positions."""
+    """The same, of which each call makes a mask to add."""
     allowed = case.allowed
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
@@ -178,6 +184,7 @@ def _ends(segments_BT: Tensor) -> tuple[Tensor, int]:
 
 
 KERNELS: dict[str, tuple[Callable[[Case], Attend], bool | None]] = {
+    "sdpa, the model's mask": (sdpa_mask, False),
     "sdpa, boolean mask": (sdpa_boolean, False),
     "sdpa, T5 bias": (sdpa_bias, True),
     "flex, block mask": (flex, False),

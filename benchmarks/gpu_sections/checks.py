@@ -136,7 +136,7 @@ def parity(task: Task) -> None:
     tests = _run_tests(task)
     task.add(tests_gpu=tests)
     if tests.get("failed"):
-        wrong.append(f"tests/gpu: {len(tests['failed'])} failed")
+        wrong.append(f"tests/gpu: {tests.get('why_not') or len(tests['failed'])} failed")
     assert not wrong, "; ".join(wrong)
 
 
@@ -192,7 +192,10 @@ def _run_tests(task: Task) -> dict[str, Any]:
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=max(1, task.time_left() - TESTS_MARGIN_S))
         except subprocess.TimeoutExpired:
-            return {"why_not": "the section's time was over before all tests had run"}
+            return {
+                "failed": ["unfinished"],
+                "why_not": "the section's time was over before all tests had run",
+            }
         if not report.exists():
             return {"failed": ["all"], "why_not": f"pytest ended with {done.returncode} and no report"}
         return _counts(report)

@@ -3,9 +3,9 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Figures:
     """Some steps of one size."""
 
     rows: int
-    """Packed rows of a step; of a peer, the positions of its buckets in such rows."""
+    """Packed rows of a micro-batch; of a peer, the positions of its buckets in such rows."""
     n_steps: int
     step_s: float
     tokens_per_s: float
@@ -119,7 +119,7 @@ def time_size(
     task: Task,
     rows: int,
     batches: Iterator[Batch],
-    step: Callable[[Batch], Tensor],
+    step: Callable[[Sequence[Batch]], Tensor],
     model: ModelConfig,
     peaks: Peaks,
 ) -> Figures:
@@ -127,14 +127,16 @@ def time_size(
 
     Args:
         batches: As many as are asked for, made before the clock starts.
-        step: One whole update; returns the loss a target token, and may leave work on the device.
+        step: One whole update on `Setting.micro_batches` of them; returns the loss a target token, and may leave
+            work on the device.
         model: Whose operations are counted.
     """
     setting = task.setting
     forget_peak(setting)
-    for number, batch in enumerate(islice(batches, LONGEST_WARM_UP), start=1):
+    for number in range(1, LONGEST_WARM_UP + 1):
+        update = list(islice(batches, setting.micro_batches))
         compiled, began = n_compilations(), time.perf_counter()
-        step(batch)
+        step(update)
         synchronize(setting)
         took = time.perf_counter() - began
         # Since the process was started: with the imports, the model's first weights and the first kernels.
@@ -142,16 +144,16 @@ def time_size(
         if number >= WARM_UP and n_compilations() == compiled:
             break
     n_steps = max(3, min(50, round(setting.seconds / took)))
-    timed = list(islice(batches, n_steps))
+    timed = [list(islice(batches, setting.micro_batches)) for _ in range(n_steps)]
     synchronize(setting)
     compiled = n_compilations()
     began = time.perf_counter()
-    for batch in timed:
-        loss = step(batch)
+    for update in timed:
+        loss = step(update)
     synchronize(setting)
     seconds = time.perf_counter() - began
     counts = Counts(Work())
-    for batch in timed:
+    for batch in chain.from_iterable(timed):
         counts.add(batch)
     flops_per_s = training_flops(model, counts.work) / seconds
     return Figures(

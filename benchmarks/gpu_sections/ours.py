@@ -1,6 +1,6 @@
 """Our model trained through the engine that users run, by one process: ZeRO 1, bf16, packed rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -25,9 +25,15 @@ FULL = 0.85
 
 
 def config_of(
-    setting: Setting, preset: str, mode: str, rows: int, vocab_size: int, precision: str = "bf16"
+    setting: Setting,
+    preset: str,
+    mode: str,
+    rows: int,
+    vocab_size: int,
+    precision: str = "bf16",
+    micro_batches: int = 1,
 ) -> Config:
-    """A preset's configuration; a tiny setting shrinks the model."""
+    """A preset's configuration, with so many micro-batches an update; a tiny setting shrinks the model."""
     model: dict[str, Any] = {"preset": preset, "vocab_size": -(-vocab_size // 64) * 64}
     if setting.tiny:
         model |= {"d_model": 32, "d_ff": 48, "n_heads": 4, "head_dim": 8}
@@ -45,7 +51,7 @@ def config_of(
         },
         "train": {
             "steps": 10**6,
-            "global_batch_size": rows,
+            "global_batch_size": rows * micro_batches,
             "micro_batch_size": rows,
             "precision": precision,
             "compile": mode == COMPILED,
@@ -89,12 +95,13 @@ class Trainee:
         self.engine, self.pool = Engine(config, mesh), pool
         self.n_steps = self.n_bad = 0
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batches: Sequence[Batch]) -> Tensor:
         """One update, as the trainer makes it; returns the loss a target token."""
         self.n_steps += 1
-        result = self.engine.train_step([batch], batch.n_target_tokens, self.n_steps)
+        n_target_tokens = sum(batch.n_target_tokens for batch in batches)
+        result = self.engine.train_step(batches, n_target_tokens, self.n_steps)
         self.n_bad += not result.applied
-        return result.sums[1] / batch.n_target_tokens
+        return result.sums[1] / n_target_tokens
 
     def batches(self, rows: int) -> Iterator[Batch]:
         """For ever, batches of so many rows."""
@@ -107,7 +114,9 @@ def ours(task: Task) -> None:
     preset = task.arguments["preset"]
     if preset == LARGEST:
         preset = largest_preset(setting, task.arguments["measured"], pool.vocab_size)
-    config = config_of(setting, preset, task.arguments["mode"], 1, pool.vocab_size)
+    config = config_of(
+        setting, preset, task.arguments["mode"], 1, pool.vocab_size, micro_batches=setting.micro_batches
+    )
     task.add(preset=preset, mode=task.arguments["mode"], peak=peaks.source)
     with open_mesh() as mesh:
         trainee = Trainee(config, mesh, pool)

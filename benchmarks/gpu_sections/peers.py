@@ -1,5 +1,6 @@
 """Hugging Face's T5 of the same shape on the same samples: padded, in buckets of like lengths, as it needs them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,8 +86,20 @@ class Peer:
             shape_config.use_duck_shape = False
             self.forward = torch.compile(self.model, dynamic=True, backend=task.setting.compile_backend)
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batches: Sequence[Batch]) -> Tensor:
         """One update; returns the loss a target token."""
+        n_target_tokens = sum(batch.n_target_tokens for batch in batches)
+        losses = []
+        for batch in batches:
+            loss = self._loss(batch) * (batch.n_target_tokens / n_target_tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).sum()
+
+    def _loss(self, batch: Batch) -> Tensor:
         source, target = (
             _widened(tokens).to(self.device, non_blocking=True)
             for tokens in (batch.encoder_input_tokens, batch.decoder_target_tokens)
@@ -95,11 +108,7 @@ class Peer:
         loss: Tensor = self.forward(
             input_ids=source, attention_mask=(source != PAD_ID).long(), labels=labels
         ).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
 
 def _widened(tokens: Tensor) -> Tensor:

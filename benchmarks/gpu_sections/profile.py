@@ -1,23 +1,27 @@
 """Where a step's time goes on the device, and what makes it wait: kernels by kind, synchronisations, recompilations."""
 
+import contextlib
 import json
 import re
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_sections.measure import WARM_UP, n_compilations, synchronize
 from benchmarks.gpu_sections.ours import Trainee, config_of
 from benchmarks.gpu_sections.plan import Setting
 from benchmarks.gpu_sections.rows import Pool
 from benchmarks.gpu_sections.task import Task
+from dist_transformer.data.batch import Batch
 from dist_transformer.parallel.mesh import open_mesh
 
 TRACED = 3
@@ -110,12 +114,17 @@ class Trace:
             if not event.is_user_annotation()
         ]
 
-    def waits(self) -> Counter[str]:
-        """How often the host waited for the device while the steps ran, by call."""
+    def waits(self, within: Sequence[tuple[int, int]] | None = None) -> Counter[str]:
+        """How often the host waited for the device while the steps ran, by call.
+
+        Args:
+            within: Count in these parts alone, from and to in nanoseconds.
+        """
+        parts = [(self._began_ns, self._ended_ns)] if within is None else within
         return Counter(
             event.name
             for event in self.events()
-            if event.name in WAITS and self._began_ns <= event.start_ns <= self._ended_ns
+            if event.name in WAITS and any(began <= event.start_ns <= ended for began, ended in parts)
         )
 
     def seconds_by_kernel(self) -> tuple[dict[str, tuple[float, int]], float]:
@@ -140,7 +149,8 @@ def profile(task: Task) -> None:
     rows = task.arguments.get("rows", setting.first_rows)
     task.add(preset=preset, mode=mode, rows=rows)
     with open_mesh() as mesh:
-        trainee = Trainee(config_of(setting, preset, mode, rows, pool.vocab_size), mesh, pool)
+        config = config_of(setting, preset, mode, rows, pool.vocab_size, micro_batches=setting.micro_batches)
+        trainee = Trainee(config, mesh, pool)
         _list_kernels(task, trainee, rows)
         _count_waits(task, trainee, min(rows, COUNTED_ROWS))
     path = Path(setting.out) / f"trace-{preset}.json"
@@ -148,12 +158,12 @@ def profile(task: Task) -> None:
 
 
 def _list_kernels(task: Task, trainee: Trainee, rows: int) -> None:
-    batches = list(islice(trainee.batches(rows), WARM_UP + TRACED))
-    for batch in batches[:WARM_UP]:
-        trainee.step(batch)
+    batches, n = trainee.batches(rows), task.setting.micro_batches
+    for _ in range(WARM_UP):
+        trainee.step(list(islice(batches, n)))
     with Trace(task.setting, operators=True) as trace:
-        for batch in batches[WARM_UP:]:
-            trainee.step(batch)
+        for _ in range(TRACED):
+            trainee.step(list(islice(batches, n)))
     kernels, busy_s = trace.seconds_by_kernel()
     groups: dict[str, float] = defaultdict(float)
     for name, (seconds, _) in kernels.items():
@@ -197,20 +207,23 @@ def _write_text(task: Task, trace: Trace) -> None:
 def _count_waits(task: Task, trainee: Trainee, rows: int) -> None:
     """Many small steps: what waits for the device, where in the code, and what is compiled anew."""
     setting = task.setting
-    batches = trainee.batches(rows)
-    for batch in islice(batches, WARM_UP):
-        trainee.step(batch)
-    compiled, n_steps, wall_s, waits = n_compilations(), 0, 0.0, Counter[str]()
+    batches, n = trainee.batches(rows), setting.micro_batches
+    for _ in range(WARM_UP):
+        trainee.step(list(islice(batches, n)))
+    compiled, n_steps, wall_s = n_compilations(), 0, 0.0
+    waits, waits_of_update = Counter[str](), Counter[str]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         while n_steps < setting.n_steps and (n_steps == 0 or task.time_left() > MARGIN_S):
-            with Trace(setting, operators=False) as trace:
+            with Trace(setting, operators=False) as trace, _clocked(trainee) as computing:
                 _warn_of_waits(setting, "warn")
-                for batch in islice(batches, min(CHUNK, setting.n_steps - n_steps)):
-                    trainee.step(batch)
+                for _ in range(min(CHUNK, setting.n_steps - n_steps)):
+                    trainee.step(list(islice(batches, n)))
                     n_steps += 1
                 _warn_of_waits(setting, "default")
-            waits += trace.waits()
+            inside = trace.waits(computing)
+            waits += inside
+            waits_of_update += trace.waits() - inside
             wall_s += trace.wall_s
     places = Counter(
         f"{'/'.join(Path(warning.filename).parts[-3:])}:{warning.lineno}"
@@ -220,10 +233,27 @@ def _count_waits(task: Task, trainee: Trainee, rows: int) -> None:
     task.add(
         counted={
             "n_steps": n_steps, "rows": rows, "step_s": wall_s / n_steps, "waits": dict(waits),
-            "n_waits": waits.total(), "where": dict(places.most_common(20)),
+            "n_waits": waits.total(), "waits_of_update": dict(waits_of_update),
+            "n_waits_of_update": waits_of_update.total(), "where": dict(places.most_common(20)),
             "n_recompilations": n_compilations() - compiled,
         }
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _clocked(trainee: Trainee) -> Iterator[list[tuple[int, int]]]:
+    """When forward and backward passes are computed, meanwhile: from and to in nanoseconds."""
+    found: list[tuple[int, int]] = []
+    accumulate = trainee.engine.accumulate
+
+    def clocked(batches: Sequence[Batch], n_target_tokens: int) -> Tensor:
+        began = time.time_ns()
+        sums = accumulate(batches, n_target_tokens)
+        found.append((began, time.time_ns()))
+        return sums
+
+    with mock.patch.object(trainee.engine, "accumulate", clocked):
+        yield found
 
 
 def _warn_of_waits(setting: Setting, mode: str) -> None:

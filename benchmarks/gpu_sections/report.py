@@ -42,7 +42,10 @@ def targets(sections: Sections) -> list[dict[str, Any]]:
             counted = section.get("figures", {}).get("counted")
             value = None if counted is None else counted["n_waits"] + counted["n_recompilations"]
             is_whole = counted is not None and counted["n_steps"] >= N_STEPS
-            claim = f"{name.split('/')[1]}: no synchronisation or recompilation in {N_STEPS} steps"
+            preset = name.split("/")[1]
+            claim = (
+                f"{preset}: no synchronisation in forward and backward, no recompilation in {N_STEPS} steps"
+            )
             found.append(_target(claim, value, lambda v, is_whole=is_whole: v == 0 and is_whole))
     return found
 
@@ -143,7 +146,8 @@ def _profiles(sections: Sections) -> Iterator[str]:
             counted = found["counted"]
             waits = ", ".join(f"{call} {count}" for call, count in counted["waits"].items()) or "none"
             yield (
-                f"In {counted['n_steps']} steps of {counted['rows']} rows: waits for the device: {waits}; "
+                f"In {counted['n_steps']} steps of micro-batches of {counted['rows']} rows: waits for the device in "
+                f"forward and backward: {waits}, in the update: {counted.get('n_waits_of_update', 'not counted')}; "
                 f"recompilations: {counted['n_recompilations']}. "
                 + " ".join(f"`{place}` {count}." for place, count in counted["where"].items())
             )

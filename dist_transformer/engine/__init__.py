@@ -17,8 +17,9 @@ import deepspeed  # noqa: E402
 deepspeed.utils.logger.setLevel(logging.ERROR)
 # DeepSpeed calls collectives that newer versions of torch have renamed, and torch says so at every call.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# On CPU, DeepSpeed would compile a shared-memory collective in C++ for minutes on first use; gloo serves.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    # DeepSpeed would compile a shared-memory collective in C++ for minutes on first use; gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # To know Muon by name, DeepSpeed imports it, and with it torch's whole compiler: over a second of every rank's start.
 _compile = deepspeed.runtime.compiler.compile
 deepspeed.runtime.compiler.compile = lambda *_arguments, **_options: lambda function: function

@@ -107,20 +107,20 @@ class MultiHeadAttention(nn.Module):
         return out_BTD
 
     def _queries(self, q_BTQ: Tensor, rotation: Rotation | None) -> Tensor:
-        q_BHTK = self._split_heads(q_BTQ)
-        if self.q_norm is not None:
-            q_BHTK = self.q_norm(q_BHTK)
-        return q_BHTK if rotation is None else rotation(q_BHTK)
+        return self._placed(self._split_heads(q_BTQ), self.q_norm, rotation).transpose(1, 2)
 
     def _keys_values(self, k_BSQ: Tensor, v_BSQ: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        k_BHSK, v_BHSK = self._split_heads(k_BSQ), self._split_heads(v_BSQ)
-        if self.k_norm is not None:
-            k_BHSK = self.k_norm(k_BHSK)
-        return (k_BHSK if rotation is None else rotation(k_BHSK)), v_BHSK
+        k_BSHK = self._placed(self._split_heads(k_BSQ), self.k_norm, rotation)
+        return k_BSHK.transpose(1, 2), self._split_heads(v_BSQ).transpose(1, 2)
+
+    def _placed(self, x_BTHK: Tensor, norm: nn.Module | None, rotation: Rotation | None) -> Tensor:
+        # Positions before heads, as in memory: behind a transposition each would make a copy.
+        if norm is not None:
+            x_BTHK = norm(x_BTHK)
+        return x_BTHK if rotation is None else rotation(x_BTHK)
 
     def _split_heads(self, x_BTD: Tensor) -> Tensor:
-        n_rows, length, _ = x_BTD.shape
-        return x_BTD.view(n_rows, length, -1, self.head_dim).transpose(1, 2)
+        return x_BTD.view(*x_BTD.shape[:-1], -1, self.head_dim)
 
 
 def _attend(

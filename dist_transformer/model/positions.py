@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ class RelativeBias(nn.Module):
         """[T] and [S] positions in the row to a bias on scores [1, H, T, S]."""
         distance_TS = key_positions_S[None, :] - query_positions_T[:, None]
         bias_TSH = F.embedding(self.bucket(distance_TS), self.weight)
-        return bias_TSH.permute(2, 0, 1).unsqueeze(0)
+        # Heads first in memory too: fused kernels of GPUs refuse a mask whose last dimension is not dense.
+        return bias_TSH.permute(2, 0, 1).contiguous().unsqueeze(0)
 
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (key position minus query position), int64 in [0, n_buckets)."""
@@ -84,17 +86,31 @@ class Rotation:
 
     def __init__(self, positions_BT: Tensor, length: int, head_dim: int, theta: float) -> None:
         cos, sin = _rotary_table(length, head_dim, theta, positions_BT.device)
-        self.cos_B1Tk, self.sin_B1Tk = cos[positions_BT].unsqueeze(1), sin[positions_BT].unsqueeze(1)
+        self.cos_BT1k, self.sin_BT1k = cos[positions_BT].unsqueeze(2), sin[positions_BT].unsqueeze(2)
 
-    def __call__(self, x_BHTK: Tensor) -> Tensor:
-        """Rotate queries or keys [B, H, T, K]."""
-        wide_BHTK = x_BHTK.to(torch.promote_types(x_BHTK.dtype, torch.float32))
-        first, second = wide_BHTK.chunk(2, dim=-1)
-        rotated = torch.cat(
-            [
-                first * self.cos_B1Tk - second * self.sin_B1Tk,
-                second * self.cos_B1Tk + first * self.sin_B1Tk,
-            ],
-            dim=-1,
-        )
-        return rotated.to(x_BHTK.dtype)
+    def __call__(self, x_BTHK: Tensor) -> Tensor:
+        """Rotate queries or keys [B, T, H, K]."""
+        rotated: Tensor = _Rotate.apply(x_BTHK, self.cos_BT1k, self.sin_BT1k)  # type: ignore[no-untyped-call]
+        return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Its gradient is the rotation back, so that nothing of the input is kept and no product is traced."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(d_y, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Computed in float32 or wider, rounded once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
+    halves = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
+    return torch.cat(halves, dim=-1).to(x.dtype)

@@ -150,6 +150,7 @@ def test_the_profile_says_where_time_goes(out: Path, results: Found) -> None:
     counted = found["counted"]
     assert counted["n_steps"] == 3
     assert counted["n_waits"] == sum(counted["waits"].values())
+    assert counted["n_waits_of_update"] == sum(counted["waits_of_update"].values()) > 0  # is the update good?
     assert counted["n_recompilations"] == 0
     assert "gemm" in (out / "profile-modern_large.txt").read_text()
     assert json.loads((out / "trace-modern_large.json").read_text())["kernels"]
@@ -161,6 +162,7 @@ def test_attention_kernels_agree(results: Found) -> None:
     for kernels in cases.values():
         assert "CUDA" in kernels["varlen, with packing and unpacking"]["why_not"]
         assert kernels["sdpa, boolean mask"]["forward_backward_ms"] > 0
+        assert "relative_error" in kernels["sdpa, the model's mask"]
         for found in kernels.values():
             if "relative_error" in found:
                 assert found["forward_ms"] > 0
@@ -243,7 +245,9 @@ def test_the_plan_begins_with_what_is_wanted_most() -> None:
     assert names[:3] == ["environment", "parity", "ours/modern_large/none"]
     assert {"hf/t5_v1_1_base/compile", "ours/t5_v1_1_base/full", "profile/t5_v1_1_large"} < set(names)
     assert len(names) == len(set(names))
-    assert names.index("ours/modern_large/full") < names.index("ours/modern_large/compile")
+    assert names.index("ours/modern_large/compile") < names.index("ours/modern_large/full")
+    compiled = {s.name: s.arguments for s in plan(Setting.build("cuda", False), modes=["none", "compile"])}
+    assert compiled["ours/modern_large/compile"]["first_rows"] == 64 > Setting("cuda").first_rows
     only = [section.name for section in plan(Setting.build("cuda", False), modes=["compile"])]
     assert only.count("ours/modern_large/compile") == 1 and "ours/modern_large/none" not in only
     some = chosen(plan(Setting.build("cuda", False)), ["environment", "hf/*"])

@@ -3,19 +3,24 @@
 Unrun so far: written without a GPU at hand. Every test is skipped where there is none.
 """
 
+import math
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
+from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.generate.search import beam_search
-from dist_transformer.model import EncoderDecoder
+from dist_transformer.model import EncoderDecoder, build_model, initialize
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
-from dist_transformer.parallel.mesh import open_mesh
+from dist_transformer.parallel.mesh import Mesh, open_mesh
+from dist_transformer.parallel.regions import TensorParallel
 from tests.dist.test_gradients import Split, config_of, rows_of
 from tests.unit.model import small
 
@@ -26,6 +31,7 @@ pytestmark = [
 
 DEVICE = "cuda"
 PRESETS = small.PRESETS
+FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 RELATIVE_BF16 = 2e-2
 PACKS = [small.random_samples(3, seed=row) for row in range(4)]
 
@@ -66,29 +72,72 @@ def test_fp32_on_cuda_is_fp32_on_the_cpu(preset: str) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-2, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_training_step(stage: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL with one rank: the losses of the first steps fall, and are those of the plain model on the CPU."""
+@pytest.mark.parametrize("target_len", [128, 114])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_attention_is_a_fused_kernels(preset: str, target_len: int) -> None:
+    """Forward and backward in bf16, of widths and lengths as they are trained: SDPA raises where it has no kernel."""
+    shape = {"d_model": 256, "n_heads": 4, "head_dim": 64, "n_encoder_layers": 1, "n_decoder_layers": 1}
+    model = small.small_model(preset, torch.bfloat16, noise=0.0, **shape).to(DEVICE).train()
+    packs = [small.random_samples(12, seed=row) for row in range(2)]
+    inputs = {name: value.to(DEVICE) for name, value in small.rows_of(packs, 512, target_len).items()}
+    inputs.pop("targets")
+    with sdpa_kernel([*FUSED]):
+        model(**inputs).square().sum().backward()
+        with torch.no_grad():
+            model(**inputs)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.fixture
+def mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
+    """One rank, with NCCL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**variables, "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
+    with open_mesh() as opened:
+        assert opened.device.type == DEVICE
+        yield opened
+
+
+def first_steps(split: Split, mesh: Mesh, preset: str) -> tuple[list[float], list[float]]:
+    """Cross-entropy sums and gradient norms of three updates on the same rows."""
     batch = rows_of(packed=True)
+    engine = Engine(config_of(preset, split, 8), mesh)
     n_target_tokens = int((batch.decoder_target_tokens != PAD_ID).sum())
-    with open_mesh() as mesh:
-        assert mesh.device.type == DEVICE
-        split = Split(micro_batch_size=8, zero_stage=stage, precision=precision)
-        engine = Engine(config_of("modern_small", split, 8), mesh)
-        before = float(engine.evaluate_batch(batch).cross_entropy)
-        results = [engine.train_step([batch], n_target_tokens, step) for step in (1, 2, 3)]
-        assert all(result.applied for result in results)
-        losses = [float(result.sums[1]) for result in results]
-        assert losses[0] == pytest.approx(before, rel=RELATIVE_BF16)
-        assert losses[2] < losses[0]
-        assert all(torch.tensor(result.grad_norm).isfinite() for result in results)
+    results = [engine.train_step([batch], n_target_tokens, step) for step in (1, 2, 3)]
+    assert all(result.applied for result in results)
+    return [float(result.sums[1]) for result in results], [result.grad_norm for result in results]
+
+
+@pytest.mark.parametrize("preset", ["modern_small", "t5_v1_1_small"])
+@pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-4), ("bf16", RELATIVE_BF16)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_steps(stage: int, precision: str, relative: float, preset: str, mesh: Mesh) -> None:
+    """The first loss is that of the plain model on the CPU, and the next ones fall."""
+    split = Split(micro_batch_size=8, zero_stage=stage, precision=precision)
+    losses, norms = first_steps(split, mesh, preset)
+    config = config_of(preset, split, 8)
+    model = build_model(config.model)
+    initialize(model, config.run.seed, torch.device("cpu"))
+    batch = rows_of(packed=True)
+    with torch.no_grad():
+        plain = TrainingModule(model, config.train, TensorParallel.of(mesh, False)).eval()(batch)
+    assert losses[0] == pytest.approx(float(plain.cross_entropy), rel=relative)
+    assert losses[2] < losses[0]
+    assert all(math.isfinite(norm) for norm in norms)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_recomputing_changes_nothing(policy: str, mesh: Mesh) -> None:
+    kept, recomputed = (
+        first_steps(Split(zero_stage=1, precision="bf16", recompute=recompute), mesh, "modern_small")
+        for recompute in ("none", policy)
+    )
+    for found, expected in zip(recomputed, kept, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

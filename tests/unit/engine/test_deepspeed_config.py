@@ -64,6 +64,9 @@ def test_precision_and_clipping(stage: int, precision: str) -> None:
     assert tree["gradient_clipping"] == (0.0 if is_plain(config) else 0.7)
     fp32_sums = precision == "bf16" and stage > 0
     assert tree["data_types"]["grad_accum_dtype"] == ("fp32" if fp32_sums else None)
+    # Stage 1 exchanges these sums, once an update; the others exchange the gradients of each micro-step.
+    assert tree.get("communication_data_type") == ("fp32" if fp32_sums and stage == 1 else None)
+    assert not tree["timers"]["throughput"]["enabled"]
 
 
 def test_gradients_may_add_up_in_the_parameters_precision() -> None:

@@ -118,6 +118,16 @@ def test_relative_bias_looks_up_key_minus_query() -> None:
             assert torch.equal(out[0, :, t, s], bias.weight[int(bias.bucket(torch.tensor(key - query)))])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_with_bias_is_dense(dtype: torch.dtype) -> None:
+    """Fused kernels of GPUs refuse a mask with any other stride than 1 in its last dimension."""
+    bias = RelativeBias(8, 20, n_heads=3, bidirectional=True).to(dtype)
+    torch.nn.init.normal_(bias.weight)
+    segments = torch.tensor([[1, 1, 2, 2, 0]] * 2)
+    mask = scores_mask(may_attend(segments, segments), bias(torch.arange(5), torch.arange(5)), dtype)
+    assert mask.shape == (2, 3, 5, 5) and mask.is_contiguous()
+
+
 def rotate(x: Tensor, position: int) -> Tensor:
     return Rotation(torch.tensor([[position]]), position + 1, x.shape[-1], 10000.0)(x[None, None, None])[
         0, 0, 0
@@ -132,6 +142,25 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     assert (near - rotate(q, 5) @ rotate(k, 4)).abs() > 1e-3
     assert torch.equal(rotate(q, 0), q)
     torch.testing.assert_close(rotate(q, 77).norm(), q.norm())
+
+
+def test_rotation_by_the_formula() -> None:
+    """Each pair as a complex number, times exp(i x position x frequency)."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.tensor([[0, 1, 2], [7, 0, 30]])
+    angle = positions[:, :, None, None] * 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    # The table holds float32.
+    torch.testing.assert_close(Rotation(positions, 31, 8, 100.0)(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_of_a_rotation() -> None:
+    torch.manual_seed(0)
+    rotation = Rotation(torch.tensor([[0, 1, 2], [7, 0, 30]]), 31, 8, 100.0)
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rotation, (x,))
+    assert rotation(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_sinusoids_by_the_formula() -> None:
