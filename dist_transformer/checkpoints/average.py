@@ -20,6 +20,7 @@ from dist_transformer.checkpoints.folder import (
     checkpoint_name,
     checkpoints_dir,
     hash_file,
+    latest_checkpoint,
     list_checkpoints,
     read_description,
     read_trainer_state,
@@ -42,7 +43,9 @@ def newest_of(run_dir: Path, n: int) -> list[Path]:
     Raises:
         CheckpointError: there are fewer.
     """
-    found = list_checkpoints(run_dir)
+    latest = latest_checkpoint(run_dir)
+    # Later ones belong to a course that was given up.
+    found = [path for path in list_checkpoints(run_dir) if latest is not None and path.name <= latest.name]
     if len(found) < n:
         raise CheckpointError(
             f"{run_dir} has {len(found)} checkpoints, not {n}: keep more of them with checkpoint.keep, or ask for fewer"

@@ -8,6 +8,7 @@ RUN_DIR/checkpoints/average-.../      means of several, written by `dist-transfo
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from dist_transformer.errors import CheckpointError
 FORMAT = 2
 PARTIAL = ".partial"
 _FILES = "files.json"
+_NAME = re.compile(r"step-\d+")
+"""Copies under other names are a person's."""
 
 
 @dataclass
@@ -44,6 +47,8 @@ class TrainerState:
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
     best: dict[str, Any] | None = None
     """`metric`, its best `value` so far, and the `step` of the checkpoint that has it (`checkpoint.best_metric`)."""
+    evaluated_step: int = 0
+    """Updates before the last evaluation, which a stop may have left out."""
     early_stopping: dict[str, Any] | None = None
     """`metric`, its best `value`, and how many evaluations in a row since were no better (`n_without`)."""
 
@@ -101,7 +106,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(
         path
         for path in checkpoints_dir(run_dir).glob("step-*")
-        if path.suffix != PARTIAL and (path / _FILES).exists()
+        if _NAME.fullmatch(path.name) and (path / _FILES).exists()
     )
 
 

@@ -3,6 +3,7 @@
 A crash between any two lines leaves the previous checkpoint whole, and the pointers always name complete ones.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ def partial_folder(root: Path, step: int) -> Path:
 
 def remove_left_overs(root: Path) -> None:
     """What interrupted saves have left."""
-    for stale in root.glob(f"*{PARTIAL}"):
+    for stale in root.glob(f"step-*{PARTIAL}"):  # an average may be under way
         shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -81,11 +82,12 @@ def complete(
     _write_json(partial / "files.json", {name: asdict(records[name]) for name in sorted(records)}, indent=1)
     _sync(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    if final.exists():
-        # The same step again, after a resume from an older one: the new one replaces it.
-        _discard(final)
+    # The same step again, after a resume from an older one: the new one replaces it.
+    old = _put_aside(final) if final.exists() else None
     partial.rename(final)
     _sync(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -99,17 +101,22 @@ def _point(pointer: Path, name: str) -> None:
 
 
 def _remove_old(newest: Path, best: str, keep: int, keep_every: int | None) -> None:
-    for old in list_checkpoints(newest.parent.parent)[:-keep]:
+    # Later ones belong to a course that was given up, and are replaced when the run comes to their steps.
+    own = [path for path in list_checkpoints(newest.parent.parent) if path.name <= newest.name]
+    for old in own[:-keep]:
         step = int(old.name.removeprefix("step-"))
-        if old != newest and old.name != best and not (keep_every and step % keep_every == 0):
-            _discard(old)
+        if old.name != best and not (keep_every and step % keep_every == 0):
+            # The new checkpoint stands: one that cannot be removed is the next save's.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(_put_aside(old), ignore_errors=True)
 
 
-def _discard(path: Path) -> None:
-    """Out of sight in one step, then removed: a crash leaves what the next save removes, never half of it."""
+def _put_aside(path: Path) -> Path:
+    """Out of sight in one step, to be removed: a crash leaves what the next save removes, never half of it."""
     gone = path.with_name(f"{path.name}.old{PARTIAL}")
-    path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    return gone
 
 
 def _write_json(path: Path, value: object, indent: int | None) -> None:

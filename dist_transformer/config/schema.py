@@ -156,7 +156,7 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 3
     """Newest checkpoints that stay; older ones are removed once a newer one is complete."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of every so many steps stay for ever, besides the newest; null: none."""
+    """Checkpoints of every so many steps, a multiple of `every`, stay for ever, besides the newest; null: none."""
     best_metric: str | None = None
     """A figure of evaluations, as it stands in `metrics.jsonl` (`eval/SET/bleu`): the checkpoint with the best value is
     saved when it is measured, stays, and is named in `checkpoints/best`; null: none."""
@@ -169,6 +169,15 @@ class CheckpointConfig(Section):
     one sentence. Either way the checkpoint before stays whole, and a failed last save gives exit code 1."""
     verify: Literal["size", "sha256"] = "size"
     """What is compared before resuming: sizes of files, or their contents too (every file is read once more)."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
+                "of the steps in between none is saved"
+            )
+        return self
 
 
 class WandbConfig(Section):

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 _WORKERS_MODULE = "dist_transformer.data.loader"
 """What the server imports once for all workers; torch is not among it."""
@@ -23,6 +23,9 @@ def start_fork_server() -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     try:
+        # Started by the server's start, it would let SIGINT and SIGTERM through again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
         multiprocessing.get_context("forkserver").set_forkserver_preload([_WORKERS_MODULE])
         forkserver.ensure_running()
     finally:

@@ -147,9 +147,10 @@ def _changes(state: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[
         yield f"seed was {state['seed']} and is {identity['seed']}"
     for i, (before, after) in enumerate(zip(state["corpora"], identity["corpora"], strict=True)):
         of = f" of {after['name']}" if several else ""
-        for name, value in after["options"].items():
-            if name != "packer" and value != before["options"].get(name):
-                yield f"{name}{of} was {before['options'].get(name)} and is {value}"
+        for name in dict.fromkeys([*after["options"], *before["options"]]):
+            was, value = before["options"].get(name), after["options"].get(name)
+            if name != "packer" and value != was:
+                yield f"{name}{of} was {was} and is {value}"
         shares = state["shares"][i], identity["shares"][i]
         if shares[0] != shares[1]:
             yield f"the share{of} was {100 * shares[0] / UNIT:.4g} % of the rows and is {100 * shares[1] / UNIT:.4g} %"

@@ -49,4 +49,4 @@ def draw_apart(module: nn.Module, tp: TensorParallel) -> None:
 def first_seed(seed: int, dp_rank: int, tp: TensorParallel) -> int:
     """What a rank's generator starts from: its own where it sees other rows or positions than another rank."""
     rank = dp_rank * tp.size + tp.rank if tp.sequence else dp_rank
-    return seed * 1_000_003 + rank
+    return (seed * 1_000_003 + rank) % 2**63

@@ -1,6 +1,7 @@
 """What may go wrong while training, and the answer: signals, and updates that are not finite."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 from dist_transformer.errors import DivergenceError
@@ -16,6 +17,10 @@ class StopSignals:
         self.received: str | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
+
+    def learn(self, of_ranks: Sequence[str | None]) -> None:
+        """Take over what another rank received, where this one received nothing."""
+        self.received = self.received or next(filter(None, of_ranks), None)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

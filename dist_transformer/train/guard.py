@@ -89,8 +89,9 @@ class Guard:
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins something that must not take longer than a step may."""
-        self.watchdog.enter(phase, step)
         self._time_start(phase)
+        is_start = not self.clock.is_over  # first batch, compiling
+        self.watchdog.enter(phase, step, self.config.faults.start_limit_s if is_start else None)
 
     @contextmanager
     def side_work(self, account: str, step: int) -> Iterator[None]:
@@ -117,6 +118,10 @@ class Guard:
             return False
         take_away(self.run_dir, SAVE_NAME)
         return True
+
+    def learn_why(self) -> None:
+        """Tell each other of signals: a drained node's ranks alone may have got one. A collective."""
+        self.signals.learn(gather_objects(self.signals.received, self.mesh))
 
     def why_stopped(self) -> str:
         """What asked the run to stop, as far as this rank knows."""
@@ -150,7 +155,7 @@ class Guard:
         if isinstance(error, UserError):
             return "error", str(error)
         if isinstance(error, KeyboardInterrupt):
-            return "signal", "interrupted"
+            return "stopped", "interrupted, not saved"
         if error is not None:
             first = str(error).splitlines()
             return "crash", f"{type(error).__name__}: {first[0] if first else ''}"

@@ -96,15 +96,37 @@ class EvaluateHook:
     account = "evaluation"
 
     def after_step(self, report: StepReport) -> None:
-        """Evaluate when it is time; the best weights so far are saved, and those that the run is done with."""
-        if report.step % self.config.evaluate.every and report.step != self.config.train.steps:
+        """Evaluate when it is time; the best weights so far are saved, and those that the run is done with.
+
+        A run that is told to stop saves first: its time may be up before an evaluation ends. The next start evaluates.
+        """
+        is_stopped = report.is_last and report.step < self.config.train.steps
+        if is_stopped or not self._is_due(report.step):
             return
-        # All ranks must decide alike, whatever rounding there may be between them.
-        figures = gather_objects(self.run(report.step).metrics, self.engine.mesh)[0]
-        if self.selection.record(report.step, figures):
+        if self._evaluate(report.step):
             report.save = True
         if self.selection.why_done is not None:
             report.save = report.is_last = True
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the checkpoint that the run goes on from was saved by a stop in place of an evaluation."""
+        step = self.state.step
+        return 0 < step < self.config.train.steps and self._is_due(step) and self.state.evaluated_step < step
+
+    def catch_up(self) -> None:
+        """Evaluate what the run goes on from. A collective."""
+        self._evaluate(self.state.step)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.config.evaluate.every == 0 or step == self.config.train.steps
+
+    def _evaluate(self, step: int) -> bool:
+        """Whether these weights are the best so far."""
+        # All ranks must decide alike, whatever rounding there may be between them.
+        figures = gather_objects(self.run(step).metrics, self.engine.mesh)[0]
+        self.state.evaluated_step = step
+        return self.selection.record(step, figures)
 
     def run(self, step: int) -> Evaluation:
         """Evaluate now. A collective."""
@@ -123,9 +145,13 @@ class EvaluateHook:
                 row: dict[str, Value] = {**values, **found.signatures, **texts, "perf/eval_time_s": seconds}
                 self.outlets.log.log("eval", step, row)
                 self.outlets.console.evaluation(step, values)
-            for name, samples in found.samples.items():
-                of_set = name if self.config.data.mixture else ""
-                write_samples(Path(self.config.run.dir), step, samples, of_set)
+            try:
+                for name, samples in found.samples.items():
+                    of_set = name if self.config.data.mixture else ""
+                    write_samples(Path(self.config.run.dir), step, samples, of_set)
+            except OSError as error:
+                text = f"samples of step {step} were not written: {error.strerror or error}"
+                self.outlets.alert(step, text, kind="disk")
             for problem in found.problems:
                 self.outlets.alert(step, problem, kind="data")
         return found

@@ -1,5 +1,6 @@
 """What an evaluation decides: which checkpoint is the best so far, and whether the run is done before its last step."""
 
+import math
 from typing import Any
 
 from dist_transformer.checkpoints.folder import TrainerState
@@ -59,7 +60,7 @@ class Selection:
         if _is_better(value, before, self.early.min_delta, self._is_lower_early):
             self.state.early_stopping = {"metric": metric, "value": value, "n_without": 0}
         else:
-            assert before is not None
+            before = before or {"metric": metric, "value": value, "n_without": 0}
             self.state.early_stopping = {**before, "n_without": before["n_without"] + 1}
 
 
@@ -89,7 +90,8 @@ def _of(metric: str | None, found: dict[str, Any] | None) -> dict[str, Any] | No
 
 
 def _is_better(value: float, before: dict[str, Any] | None, by: float, is_lower: bool) -> bool:
-    if before is None:
+    if not math.isfinite(value):
+        return False
+    if before is None or not math.isfinite(best := float(before["value"])):
         return True
-    best = float(before["value"])
     return value < best - by if is_lower else value > best + by

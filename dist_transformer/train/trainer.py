@@ -14,7 +14,7 @@ from dist_transformer.data.stream import TrainStream, merge_states
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import describe_change, load_checkpoint
 from dist_transformer.engine.engine import Engine
-from dist_transformer.errors import ConfigError, DataError, UserError
+from dist_transformer.errors import DataError, UserError
 from dist_transformer.parallel.collectives import (
     barrier,
     gather_objects,
@@ -36,7 +36,13 @@ from dist_transformer.train.hooks import (
     StepReport,
 )
 from dist_transformer.train.log_hook import LogHook
-from dist_transformer.train.prepare_run import find_checkpoint, initial_weights, keep_inputs, prepare_run
+from dist_transformer.train.prepare_run import (
+    find_checkpoint,
+    initial_weights,
+    prepare_run,
+    record_inputs,
+    unwritable,
+)
 from dist_transformer.train.profiling import Profiling
 from dist_transformer.train.selection import Selection
 
@@ -62,7 +68,12 @@ def train(config: Config) -> None:
                 Guard(config, mesh, outlets, signals, state.step, clock) as guard,
                 _open_stream(config, mesh, state) as stream,
             ):
-                Trainer(config, mesh, tokenizer, outlets, guard, checkpoint, state, stream, accounts).run()
+                trainer = Trainer(
+                    config, mesh, tokenizer, outlets, guard, checkpoint, state, stream, accounts
+                )
+                # Now nothing refuses this start any more: a refused one must leave the run as it was.
+                record_inputs(config, mesh, state.step)
+                trainer.run()
             exit_code = 0
         finally:
             stopped = signals.received is not None
@@ -131,6 +142,9 @@ class Trainer:
         if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
             with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", 0):
                 self.evaluation.run(0)
+        if self.evaluation and self.evaluation.is_missing:
+            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", self.state.step):
+                self.evaluation.catch_up()
         batches = self._global_batches()
         while self.state.step < self.config.train.steps and self.selection.why_done is None:
             with self.profiling.step(self.state.step + 1):
@@ -140,6 +154,7 @@ class Trainer:
                     hook.after_step(report)
             self.bad_steps.check(report.step)
             if report.is_last and report.step < self.config.train.steps and self.selection.why_done is None:
+                self.guard.learn_why()
                 self.outlets.message(
                     f"stopped by {self.guard.why_stopped()} after step {report.step:,}: saved; the same command goes on"
                 )
@@ -227,14 +242,13 @@ def _open_outlets(config: Config, mesh: Mesh, start_step: int) -> Outlets:
 
 def _outlets_of_rank_zero(config: Config, start_step: int) -> Outlets:
     run_dir = Path(config.run.dir)
-    try:
-        keep_inputs(config, run_dir, start_step)
-    except OSError as problem:
-        raise ConfigError(f"run.dir={run_dir}: cannot be written: {problem.strerror or problem}") from None
     console = Console(config.train.steps, start_step)
-    sinks = build_sinks(
-        config.tracking, run_dir, config.model_dump(mode="json"), console.message, resumed_step=start_step
-    )
-    # Dashboards connect while the model is built.
-    log = MetricsLog(run_dir, sinks, report=console.message, announce=console.message, open_timeout=0)
+    try:
+        sinks = build_sinks(
+            config.tracking, run_dir, config.model_dump(mode="json"), console.message, resumed_step=start_step
+        )
+        # Dashboards connect while the model is built.
+        log = MetricsLog(run_dir, sinks, report=console.message, announce=console.message, open_timeout=0)
+    except OSError as problem:
+        raise unwritable(run_dir, problem) from None
     return Outlets(log, console)

@@ -22,6 +22,8 @@ EXIT_CODE = 86
 """Of a process that its watchdog ended."""
 _LAST_WORDS_S = 5.0
 """Time that the log and the dashboard get for the alert."""
+_REPORT_S = 30.0
+"""Time to write down what hangs: more than the last words, and than the other ranks wait for them."""
 
 
 class Watchdog:
@@ -48,8 +50,13 @@ class Watchdog:
         self._entered = time.monotonic()
         self._limit_s = limits.start_limit_s
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        # The watchdog itself touches no file: the file system may be what hangs.
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._watch, "watchdog"), (self._beat, "heartbeat"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def enter(self, phase: str, step: int, limit_s: float | None = None) -> None:
         """The main thread begins something: `training`, `evaluating`, ...
@@ -58,10 +65,10 @@ class Watchdog:
             step: The step it belongs to.
             limit_s: How long it may take; None: `faults.step_limit_s`.
         """
-        # Read by the other thread one by one: a mixture of old and new values does no harm.
+        # Read by the other thread one by one. The beginning goes first: with a new limit, the old one would be a hang.
+        self._entered = time.monotonic()
         self._phase, self._step, self._since = phase, step, time.time()
         self._limit_s = self.limits.step_limit_s if limit_s is None else limit_s
-        self._entered = time.monotonic()
 
     @contextmanager
     def side_work(self, phase: str, step: int) -> Iterator[None]:
@@ -74,18 +81,24 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching: the run is at its end."""
         self._closed.set()
-        self._thread.join(timeout=5)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
-    def _watch(self) -> None:
-        interval = self.limits.heartbeat_s
+    def _beat(self) -> None:
         while True:
             write_beat(self.run_dir, self.rank, self._phase, self._step, self._since, self.attempt)
-            left = self._limit_s - (time.monotonic() - self._entered)
-            if left <= 0:
-                self._report()
+            if self._closed.wait(self.limits.heartbeat_s):
                 return
-            if self._closed.wait(min(interval, max(left, 0.01))):
+
+    def _watch(self) -> None:
+        while (left := self._limit_s - (time.monotonic() - self._entered)) > 0:
+            if self._closed.wait(min(self.limits.heartbeat_s, max(left, 0.01))):
                 return
+        # Whatever becomes of the report, the process ends.
+        reporter = threading.Thread(target=self._report, daemon=True)
+        reporter.start()
+        reporter.join(timeout=_REPORT_S)
+        self._leave(EXIT_CODE)
 
     def _report(self) -> None:
         stacks = self._write_stacks()
@@ -99,7 +112,6 @@ class Watchdog:
         )
         print(sentence, file=sys.stderr, flush=True)
         self._on_hang(sentence)
-        self._leave(EXIT_CODE)
 
     def _write_stacks(self) -> Path:
         path = self.run_dir / "heartbeats" / f"rank-{self.rank:05d}.stacks.txt"

@@ -87,7 +87,8 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, pair_shards: Path, write_config: WriteConfig
 ) -> None:
-    config = write_config(pair_shards, train={"steps": 4000}, checkpoint={"every": 3900})
+    evaluate = {"every": 1, "batches": 1}
+    config = write_config(pair_shards, train={"steps": 4000}, checkpoint={"every": 3900}, evaluate=evaluate)
     run_dir = tmp_path / "run"
     process = start(config, "--nproc", 2)
     wait_for(lambda: last_step(run_dir) >= 3)
@@ -100,6 +101,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     done = launch(config, "--nproc", 2, f"train.steps={stopped_at + 5}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(losses(run_dir)) == list(range(1, stopped_at + 6))
+    # The stop did not wait for an evaluation; the next start made up for it.
+    evaluated = [row["step"] for row in read_metrics(run_dir) if row["event"] == "eval"]
+    assert evaluated == list(range(1, stopped_at + 6))
 
 
 def test_one_process_is_enough(pair_shards: Path, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -108,6 +112,12 @@ def test_one_process_is_enough(pair_shards: Path, write_config: WriteConfig, tmp
     done = command("train", config)
     assert done.returncode == 0, done.stderr
     assert "done: 3 steps" in done.stdout
+    # A start that is refused changes nothing.
+    before_refusal = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    refused = command("train", config, "train.steps=6", "run.seed=77")
+    assert refused.returncode == 1 and "the order of data changed" in refused.stderr
+    for name in ("config.yaml", "tokenizer.json"):
+        assert (tmp_path / "run" / name).read_bytes() == before_refusal[tmp_path / "run" / name]
     tuned = command(
         "train",
         config,

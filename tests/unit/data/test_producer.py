@@ -96,6 +96,25 @@ def test_a_worker_does_without_torch(tmp_path: Path) -> None:
     assert done.stdout == "False\n"
 
 
+def test_signals_of_schedulers_do_not_reach_workers() -> None:
+    """Nor the server they come from: it would take its workers with it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SHOWS_MASK], capture_output=True, text=True, timeout=100, check=True
+    )
+    blocked = int(done.stdout, 16)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        assert blocked >> (number - 1) & 1, number.name
+
+
+_SHOWS_MASK = """
+from multiprocessing import forkserver
+from pathlib import Path
+from dist_transformer.data.fork_server import start_fork_server
+
+start_fork_server()
+status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")))
+"""
 _LOOKS_FOR_TORCH = """
 import sys
 from dist_transformer.data import loader

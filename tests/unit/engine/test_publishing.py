@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dist_transformer.checkpoints.average import newest_of
 from dist_transformer.checkpoints.folder import (
     TrainerState,
     checkpoints_dir,
@@ -50,6 +52,33 @@ def test_a_run_that_goes_on_from_an_older_checkpoint(tmp_path: Path) -> None:
     assert verify(engine) == 8
     save(engine, 10)
     assert verify(engine) == 10
+
+
+def test_retention_after_going_back(tmp_path: Path) -> None:
+    """What was given up stays until it is replaced, and takes no place of the course that goes on."""
+    for step in (10, 20, 30):
+        save(fake_engine(tmp_path, keep=9), step)
+    (checkpoints_dir(tmp_path) / "latest").write_text("step-00000010\n")
+    engine = fake_engine(tmp_path, keep=2)
+    for step in (15, 17, 19):
+        save(engine, step)
+    kept = [17, 19, 20, 30]
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert [path.name for path in newest_of(tmp_path, 2)] == ["step-00000017", "step-00000019"]
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, not 3"):
+        newest_of(tmp_path, 3)
+    save(engine, 20)
+    assert names(tmp_path) == ["latest", "step-00000019", "step-00000020", "step-00000030"]
+
+
+def test_copies_with_other_names_are_left_alone(tmp_path: Path) -> None:
+    engine = fake_engine(tmp_path, keep=1)
+    shutil.copytree(save(engine, 3), checkpoints_dir(tmp_path) / "step-00000003-good")
+    averaging = checkpoints_dir(tmp_path) / "average-00000001.partial"
+    averaging.mkdir()
+    save(engine, 6)
+    assert names(tmp_path) == [averaging.name, "latest", "step-00000003-good", "step-00000006"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006"]
 
 
 @pytest.mark.parametrize("before", [[], [20], [10, 20], [30, 10, 20]])
@@ -128,7 +157,7 @@ def test_the_state_survives_as_it_was(tmp_path: Path) -> None:
 
 
 def test_some_checkpoints_stay_for_ever(tmp_path: Path) -> None:
-    engine = fake_engine(tmp_path, keep=2, keep_every=20)
+    engine = fake_engine(tmp_path, every=10, keep=2, keep_every=20)
     for step in range(10, 80, 10):
         save(engine, step)
     kept = ["step-00000020", "step-00000040", "step-00000060", "step-00000070"]

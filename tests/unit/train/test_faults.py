@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dist_transformer.errors import UserError
-from dist_transformer.train.faults import BadSteps
+from dist_transformer.train.faults import BadSteps, StopSignals
 
 PROGRAM = """
 import os, signal, sys
@@ -21,6 +21,21 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
+
+
+def test_what_another_rank_received() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop = StopSignals()
+        stop.learn([None, None])
+        assert stop.received is None
+        stop.learn([None, "SIGTERM", "SIGUSR1"])
+        assert stop.received == "SIGTERM"
+        stop.learn(["SIGUSR1"])
+        assert stop.received == "SIGTERM"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """The vocabulary comes from the data; initial weights from a checkpoint of the same model only."""
 
+import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +18,9 @@ from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
 from dist_transformer.config import Config, build_config
 from dist_transformer.errors import CheckpointError, ConfigError
 from dist_transformer.model import build_model, initialize
-from dist_transformer.train.prepare_run import initial_weights, with_vocabulary
+from dist_transformer.tracking.exits import ATTEMPT_NAME
+from dist_transformer.train import prepare_run
+from dist_transformer.train.prepare_run import _check_free, initial_weights, with_vocabulary
 
 SMALL = {"d_model": 16, "d_ff": 24, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1}
 
@@ -104,6 +111,38 @@ def test_weights_of_another_model(tmp_path: Path, model: dict[str, Any], says: s
         initial_weights(config_of(model, init_from=str(tmp_path)))
     assert "train.init_from" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_is_being_trained(tmp_path: Path) -> None:
+    program = "import time; time.sleep(100)"
+    for name, refused in (("dist_transformer", True), ("another_program", False)):
+        process = subprocess.Popen([sys.executable, "-c", program, name])
+        try:
+            attempt = {"host": platform.node(), "pid": process.pid}
+            (tmp_path / ATTEMPT_NAME).write_text(json.dumps(attempt))
+            if refused:
+                with pytest.raises(ConfigError, match=f"is being trained by process {process.pid}: wait"):
+                    _check_free(tmp_path)
+            else:
+                _check_free(tmp_path)
+        finally:
+            process.kill()
+            process.wait()
+        _check_free(tmp_path)
+
+
+def test_a_changed_configuration_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.write_text("{}")
+    monkeypatch.setattr(prepare_run, "load_manifest", lambda *_: SimpleNamespace(tokenizer_path=tokenizer))
+    for steps, start in ((1, 0), (2, 1), (3, 1), (3, 2)):
+        prepare_run._keep_inputs(config_of({}, steps=steps), tmp_path, start)
+    assert "steps: 3" in (tmp_path / "config.yaml").read_text()
+    # Of the two that were to go on from step 1, the first trained nothing.
+    assert "steps: 1" in (tmp_path / "config.until-step-00000001.yaml").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.until-step-00000001.yaml", "config.yaml", "tokenizer", "tokenizer.json",
+    ]  # fmt: skip
 
 
 def test_no_weights_there(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ def test_the_largest_or_the_smallest_is_best() -> None:
     assert record(Selection(upside_down, TrainerState()), LOSS, [3.0, 5.0, 2.0]) == [True, True, False]
 
 
+def test_what_is_no_number_is_never_best() -> None:
+    state, nan = TrainerState(), float("nan")
+    selection = Selection(config(BLEU, {"metric": LOSS, "patience": 3}), state)
+    assert record(selection, BLEU, [nan, 3.0, nan, 4.0]) == [False, True, False, True]
+    assert record(selection, LOSS, [nan, nan]) == [False, False]
+    assert state.early_stopping is not None and state.early_stopping["n_without"] == 2
+    record(selection, LOSS, [5.0, 6.0])
+    assert state.early_stopping == {"metric": LOSS, "value": 5.0, "n_without": 1}
+    assert selection.why_done is None
+
+
 def test_a_resumed_run_knows_its_best_unless_another_figure_counts() -> None:
     state = TrainerState()
     record(Selection(config(BLEU), state), BLEU, [3.0, 5.0])

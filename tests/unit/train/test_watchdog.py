@@ -41,6 +41,45 @@ def test_a_hang_ends_the_process_with_stacks_and_a_name(
     assert sentences[0] in capfd.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_report_that_fails_ends_the_process_too(tmp_path: Path) -> None:
+    """The disk may be full, or what hangs."""
+    left: list[int] = []
+    done = threading.Event()
+
+    def leave(code: int) -> None:
+        left.append(code)
+        done.set()
+
+    def fail(_: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    dog = Watchdog(tmp_path / "gone", 0, "a", limits(0.2), fail, leave)
+    dog.enter("training", 4)
+    assert done.wait(timeout=30)
+    assert left == [EXIT_CODE]
+
+
+def test_a_short_limit_after_long_work_is_no_hang(tmp_path: Path) -> None:
+    """Read at any instant, new limit and old beginning never stand together."""
+    dog = Watchdog(tmp_path, 0, "a", limits(60), lambda _: None, lambda _: None)
+    seen: list[tuple[float, float]] = []
+
+    class Watched(Watchdog):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            seen.append((self._limit_s, self._entered))
+
+    dog.close()
+    dog.__class__ = Watched
+    dog.enter("evaluating", 1, limit_s=1000)
+    began = dog._entered
+    seen.clear()
+    dog.enter("training", 1)
+    assert seen[-1][0] == 60
+    assert all(entered > began for limit, entered in seen if limit == 60)
+
+
 def test_work_in_time_is_left_alone(tmp_path: Path) -> None:
     clear_beats(tmp_path)
     left: list[int] = []
