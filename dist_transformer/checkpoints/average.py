@@ -35,6 +35,7 @@ from dist_transformer.errors import CheckpointError
 _FILE = "rank-00000.safetensors"
 # What generating with it needs: copied from the run, so that the folder may be moved.
 _OF_RUN = ("config.yaml", "tokenizer.json")
+_WRITTEN = {_FILE, *_OF_RUN, "trainer.json", "index.json", "files.json"}
 
 
 def newest_of(run_dir: Path, n: int) -> list[Path]:
@@ -60,6 +61,7 @@ def of_steps(run_dir: Path, steps: Sequence[int]) -> list[Path]:
         CheckpointError: one is not there.
     """
     there = {path.name: path for path in list_checkpoints(run_dir)}
+    steps = list(dict.fromkeys(steps))
     for step in steps:
         if checkpoint_name(step) not in there:
             raise CheckpointError(
@@ -103,9 +105,14 @@ def write_average(
     if out is None:
         ema = "-ema" if which == "ema" else ""
         out = checkpoints_dir(run_dir) / f"average-{len(checkpoints)}{ema}-{newest.name}"
-    if out.exists() and not (overwrite and (out / "trainer.json").exists()):
-        raise CheckpointError(f"{out} is there already: give another --out, or --overwrite")
+    if out.exists():
+        if not overwrite:
+            raise CheckpointError(f"{out} is there already: give another --out, or --overwrite")
+        if not (out / "trainer.json").exists() or "average" not in read_description(out):
+            raise CheckpointError(f"{out} is there already and no mean of checkpoints: it is not overwritten")
     partial = out.with_name(out.name + PARTIAL)
+    if not {path.name for path in partial.glob("*")} <= _WRITTEN:
+        raise CheckpointError(f"{partial} is in the way, and holds what no average wrote")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -171,7 +171,7 @@ def find_checkpoint_in(path: Path, which: str | None = None) -> Path:
     assert which is not None
     if Path(which).name != which and Path(which).parent.resolve() != checkpoints_dir(path).resolve():
         raise CheckpointError(f"{which} is not a checkpoint of {path}: give one or the other")
-    named = checkpoints_dir(path) / (checkpoint_name(int(which)) if which.isdigit() else Path(which).name)
+    named = checkpoints_dir(path) / (checkpoint_name(int(which)) if which.isdecimal() else Path(which).name)
     if not (named / "trainer.json").exists():
         names = [other.name for other in list_checkpoints(path)]
         there = f"there are {', '.join(names)}" if names else "there is none"

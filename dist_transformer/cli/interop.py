@@ -76,7 +76,7 @@ def _export(options: argparse.Namespace) -> None:
         what = export_run(
             run.model, run.config, run.tokenizer, folder, options.to, options.family, options.quantization
         )
-    print(f"{out}: {what} of {run.checkpoint}")
+    print(f"{out}: {what} of {run.checkpoint}{run.describe_weights()}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -84,15 +84,16 @@ def _import(options: argparse.Namespace) -> None:
     from dist_transformer.errors import DataError
     from dist_transformer.interop.folders import check_out, new_folder
     from dist_transformer.interop.huggingface import read_huggingface
-    from dist_transformer.interop.imported_run import check_objective, write_imported_run
-    from dist_transformer.interop.tokenizer import read_from_huggingface
+    from dist_transformer.interop.imported_run import check_objective, left_out, write_imported_run
+    from dist_transformer.interop.tokenizer import check_tokenizer, read_from_huggingface
 
     source, out = Path(options.source), Path(options.out)
-    check_out(out, options.overwrite)
+    check_out(out, options.overwrite, "import")
     imported = read_huggingface(source)
     tokenizer: TextTokenizer | None = None
     if options.tokenizer is not None:
         tokenizer = TextTokenizer.load(options.tokenizer)
+        check_tokenizer(tokenizer, len(imported.order), options.tokenizer)
     else:
         try:
             tokenizer = read_from_huggingface(source, imported.order)
@@ -103,12 +104,12 @@ def _import(options: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     check_objective(options.objective, tokenizer)
-    with new_folder(out, options.overwrite) as folder:
+    with new_folder(out, options.overwrite, "import") as folder:
         write_imported_run(
             folder, imported, tokenizer, run_dir=out, data=options.data, objective=options.objective
         )
     print(f"{out}: {imported.family} with {imported.n_parameters:,} parameters")
-    for note in imported.notes():
+    for note in (*imported.notes(), *left_out(imported.generation)):
         print(note)
     print(
         f"go on with: dist-transformer train {out}/config.yaml run.dir=NEW_RUN data.train=SHARDS train.steps=N"

@@ -152,8 +152,10 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import json
 
-    from dist_transformer.train.scores import Scoring, evaluate_files, table, write_result
+    from dist_transformer.train.scores import Scoring, check_writable, evaluate_files, table, write_result
 
+    if options.out is not None:
+        check_writable("--out", options.out, [options.source, *options.reference])
     scores = evaluate_files(
         Path(options.run_dir),
         options.source,

@@ -8,7 +8,7 @@ from dist_transformer.config import GenerateConfig
 from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
-from dist_transformer.generate.text import OnProgress, check_n_best, search_sources
+from dist_transformer.generate.text import OnProgress, check_n_best, longest_source, search_sources
 from dist_transformer.model import EncoderDecoder
 
 # The space before a gap belongs to the span, as in pretraining: a word's token carries the space before it.
@@ -68,11 +68,18 @@ def fill_texts(
     numbers = range(len(texts)) if lines is None else lines
     pieces = [split_at_gaps(text) for text in texts]
     mode = [] if mode_id is None else [mode_id]
-    sources = [mode + encode_gaps(p, tokenizer, i + 1) for i, p in zip(numbers, pieces, strict=True)]
+    sources = [encode_gaps(p, tokenizer, i + 1) for i, p in zip(numbers, pieces, strict=True)]
+    room = longest_source(model, max_source_len) - 1 - len(mode)
+    n_cuts = [max(0, len(source) - room) for source in sources]
+    # Of a text that is continued, the end is what counts: the gap is behind it.
+    seen = [
+        mode + (source[n_cut:] if is_continued(p) else source[: len(source) - n_cut])
+        for source, n_cut, p in zip(sources, n_cuts, pieces, strict=True)
+    ]
     filled = [i for i, text in enumerate(texts) if text.strip()]
     found = search_sources(
         model,
-        [sources[i] for i in filled],
+        [seen[i] for i in filled],
         config,
         n_vocab=tokenizer.vocab_size,
         max_source_len=max_source_len,
@@ -87,7 +94,7 @@ def fill_texts(
         results[i] = replace(
             each[0],
             alternatives=tuple((one.text, one.score) for one in each),
-            n_cut=max(0, len(sources[i]) + 1 - max_source_len),
+            n_cut=n_cuts[i],
         )
     return results
 
@@ -96,6 +103,11 @@ def split_at_gaps(text: str) -> list[str]:
     """[text, space, gap, text, space, gap, ..., text]; the space before a gap is one blank or empty."""
     pieces = _GAP.split(text)
     return pieces if len(pieces) > 1 else [text, "", "", ""]
+
+
+def is_continued(pieces: Sequence[str]) -> bool:
+    """Whether `split_at_gaps` found no gap, and made one at the end."""
+    return len(pieces) == 4 and not pieces[2]
 
 
 def encode_gaps(pieces: Sequence[str], tokenizer: TextTokenizer, line: int = 1) -> list[int]:

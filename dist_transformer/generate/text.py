@@ -51,6 +51,7 @@ def generate_texts(
     prefixes: Sequence[str] | None = None,
     lines: Sequence[int] | None = None,
     mode_id: int | None = None,
+    keep_end: bool = False,
     on_progress: OnProgress | None = None,
 ) -> list[Generated]:
     """An output for each text, in the order of the texts; an empty (or blank) text gives an empty output.
@@ -65,6 +66,7 @@ def generate_texts(
             leaves no room for a further token is left out: see `Generated.n_prefix_cut`.
         lines: a number for each text, on which its samples depend (default: its place in `texts`).
         mode_id: a token that begins every source, as in UL2's pretraining.
+        keep_end: Of a longer source, leave out its beginning.
 
     Raises:
         ConfigError: n_best is more than the search keeps.
@@ -72,7 +74,13 @@ def generate_texts(
     check_n_best(config, n_best)
     filled = [i for i, text in enumerate(texts) if text.strip()]
     mode = [] if mode_id is None else [mode_id]
-    encoded = [mode + ids for ids in tokenizer.encode_batch([texts[i] for i in filled])]
+    room = longest_source(model, max_source_len) - 1
+    whole = tokenizer.encode_batch([texts[i] for i in filled])
+    n_cuts = [max(0, len(mode) + len(ids) - room) for ids in whole]
+    encoded = [
+        mode + (ids[n_cut:] if keep_end else ids[: len(ids) - n_cut])
+        for ids, n_cut in zip(whole, n_cuts, strict=True)
+    ]
     limits = output_limits(model, [len(ids) for ids in encoded], config, max_source_len, max_target_len)
     wanted = [[]] * len(filled) if prefixes is None else tokenizer.encode_batch([prefixes[i] for i in filled])
     found = search_sources(
@@ -88,9 +96,9 @@ def generate_texts(
         on_progress=on_progress,
     )
     results = [Generated("", 0.0, ())] * len(texts)
-    for i, tokens, prefix, limit, hypotheses in zip(filled, encoded, wanted, limits, found, strict=True):
+    for i, n_cut, prefix, limit, hypotheses in zip(filled, n_cuts, wanted, limits, found, strict=True):
         alternatives = tuple((tokenizer.decode(h.tokens), h.score) for h in hypotheses)
-        n_cut, n_prefix_cut = max(0, len(tokens) + 1 - max_source_len), max(0, len(prefix) + 1 - limit)
+        n_prefix_cut = max(0, len(prefix) + 1 - limit)
         results[i] = Generated(*alternatives[0], alternatives, n_cut, n_prefix_cut)
     return results
 
@@ -124,6 +132,7 @@ def continue_texts(
         prefixes=prefixes,
         lines=lines,
         mode_id=mode_id,
+        keep_end=True,  # what is written stands behind the text
         on_progress=on_progress,
     )
     return [
@@ -134,6 +143,13 @@ def continue_texts(
         )
         for text, generated in zip(texts, found, strict=True)
     ]
+
+
+def longest_source(model: EncoderDecoder, max_source_len: int) -> int:
+    """The most tokens of a source that the model reads, EOS counted."""
+    if model.config.positions == "learned":
+        return min(max_source_len, model.config.max_positions)
+    return max_source_len
 
 
 def check_n_best(config: GenerateConfig, n_best: int) -> None:
@@ -208,8 +224,7 @@ def search_sources(
         prefixes: token ids that each output begins with; cut where they leave no room for a further one.
         lines: a number for each source, on which its samples depend (default: its place).
     """
-    if model.config.positions == "learned":
-        max_source_len = min(max_source_len, model.config.max_positions)
+    max_source_len = longest_source(model, max_source_len)
     limits = output_limits(model, [len(source) for source in sources], config, max_source_len, max_target_len)
     ended = [[*source[: max_source_len - 1], EOS_ID] for source in sources]
     n_rows = n_best if config.sample else config.beam_size

@@ -237,6 +237,11 @@ def _special(config: Mapping[str, Any], generation: Mapping[str, Any], folder: P
         if not isinstance(value, int) or not 0 <= value < config["vocab_size"]:
             raise ConfigError(f"{folder / 'config.json'}: {name} is {value}, which is no token of the model")
         ids.append(value)
+    if ids[0] == ids[1]:
+        raise ConfigError(
+            f"{folder / 'config.json'}: padding and end of sequence are one token ({ids[0]}), and here they are two: "
+            "it cannot be imported"
+        )
     return ids[0], ids[1], ids[2]
 
 

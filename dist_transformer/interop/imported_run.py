@@ -99,17 +99,51 @@ def write_imported_run(
 
 def _generate(generation: dict[str, Any], longest: int) -> dict[str, Any]:
     """Its own way to decode, where it says so."""
-    max_len = generation.get("max_new_tokens") or generation.get("max_length")
     found = {
         "beam_size": generation.get("num_beams"),
         "length_penalty": generation.get("length_penalty"),
         "stop": next(
             (ours for ours, theirs in STOPS.items() if theirs == generation.get("early_stopping")), None
         ),
-        "min_len": generation.get("min_new_tokens"),
-        "max_len": min(max_len, longest) if isinstance(max_len, int) and max_len > 20 else None,
+        "min_len": _length(generation, "min"),
+        "max_len": None if (max_len := _length(generation, "max")) is None else min(max_len, longest),
     }
+    if generation.get("do_sample"):
+        found |= {
+            "sample": True,
+            **{name: generation.get(name) for name in ("temperature", "top_k", "top_p")},
+        }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _length(generation: dict[str, Any], end: str) -> int | None:
+    """A limit in our count. Theirs without "new" counts the decoder's start too, and is 20 or 0 where nobody set it."""
+    new, whole = generation.get(f"{end}_new_tokens"), generation.get(f"{end}_length")
+    if isinstance(new, int):
+        return new
+    unset = 20 if end == "max" else 0
+    return whole - 1 if isinstance(whole, int) and whole > unset else None
+
+
+def left_out(generation: dict[str, Any]) -> list[str]:
+    """A sentence that names what is set of its way to decode and has no counterpart here; none: all has."""
+    usual = {
+        "no_repeat_ngram_size": (0, None),
+        "repetition_penalty": (1.0, None),
+        "num_beam_groups": (1, None),
+    }
+    names = [
+        name
+        for name in (
+            "forced_bos_token_id",
+            "bad_words_ids",
+            "num_beam_groups",
+            "no_repeat_ngram_size",
+            "repetition_penalty",
+        )
+        if generation.get(name) not in usual.get(name, (None,))
+    ]
+    return [f"not imported, since decoding here has no such rule: {', '.join(names)}"] if names else []
 
 
 def check_objective(objective: str, tokenizer: TextTokenizer | None) -> None:

@@ -81,16 +81,22 @@ def read_from_huggingface(folder: Path, order: Sequence[int]) -> TextTokenizer:
     if list(order) != sorted(order):
         _renumber(tree, order)
     tokenizer = TextTokenizer(json.dumps(tree, ensure_ascii=False), str(folder))
-    if tokenizer.vocab_size > len(order):
+    check_tokenizer(tokenizer, len(order), str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: TextTokenizer, n_ids: int, where: str) -> None:
+    """Refuse a tokenizer that is not a model's.
+
+    Raises:
+        DataError: it has more ids than the model, or other ones for padding and end of sequence.
+    """
+    if tokenizer.vocab_size > n_ids:
         raise DataError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model {len(order)}: they do not "
-            f"belong together"
+            f"{where}: its tokenizer has {tokenizer.vocab_size} ids and the model {n_ids}: they do not belong together"
         )
     if (tokenizer.pad_id, tokenizer.eos_id) != (0, 1):
-        raise DataError(
-            f"{folder}: padding and end of sequence of its tokenizer are not those of its configuration"
-        )
-    return tokenizer
+        raise DataError(f"{where}: padding and end of sequence of its tokenizer are not those of the model")
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run's model on lines of text: from a checkpoint of any ZeRO stage, on one process."""
 
+import codecs
 import contextlib
 import gzip
 import os
@@ -183,6 +184,8 @@ def iterate_lines(name: str | None) -> Iterator[str]:
                 opened: Any = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
                 stream = stack.enter_context(opened)
             for line in stream:
+                if n_read == 0:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 n_read += 1
                 yield line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -192,4 +195,9 @@ def iterate_lines(name: str | None) -> Iterator[str]:
 
 
 def set_threads(threads: int | None) -> None:
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or n_cores())
+
+
+def n_cores() -> int:
+    """Cores that this process may use: in a batch job, its share of the node."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

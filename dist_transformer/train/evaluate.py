@@ -241,6 +241,8 @@ def _decode(
             n_vocab=tokenizer.vocab_size,
             max_source_len=config.data.max_source_len,
             max_target_len=config.data.max_target_len,
+            # Samples are functions of these, whatever the number of ranks.
+            lines=range(mesh.dp_rank, len(examples), mesh.dp_size),
         )
 
     def decode(ids: Sequence[int]) -> str:

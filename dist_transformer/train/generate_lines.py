@@ -1,6 +1,7 @@
 """The command `generate`: lines in, lines out, a window at a time, on one process or several."""
 
 import contextlib
+import errno
 import itertools
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from dist_transformer.train.decode import (
     LineDecoder,
     describe_cuts,
     iterate_lines,
+    n_cores,
     one_line,
     set_threads,
 )
@@ -79,25 +81,72 @@ def generate_lines(model: Model, reading: Reading, writing: Writing, nproc: int 
         ConfigError: options that do not fit, before anything is read.
         DataError: input that cannot be read; the windows before it are written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    n_tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+    if max(n_tasks, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
             "every process of a launcher would decode all lines: start one `generate`, with --nproc N"
         )
+    _check_files(reading, writing)
     with contextlib.ExitStack() as stack:
         decode = stack.enter_context(_workers(model, nproc)) if nproc > 1 else _load(model)
-        destination: TextIO = sys.stdout
-        if writing.output:
-            try:
-                destination = stack.enter_context(Path(writing.output).open("w", encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"{writing.output}: cannot be written: {error.strerror}") from None
+        write = stack.enter_context(_destination(writing.output))
         for window in _windows(reading):
             decoded, max_source_len = decode(window)
             for warning in describe_cuts(window, decoded, max_source_len):
                 print(f"dist-transformer: {warning}", file=sys.stderr)
-            for line, found in zip(window, decoded, strict=True):
-                destination.writelines(f"{row}\n" for row in format_line(line, found, writing))
-            destination.flush()
+            write(
+                [
+                    f"{row}\n"
+                    for line, found in zip(window, decoded, strict=True)
+                    for row in format_line(line, found, writing)
+                ]
+            )
+        write([])
+
+
+def _check_files(reading: Reading, writing: Writing) -> None:
+    """Refuse to write over what is read."""
+    for name in filter(None, (reading.source, reading.prefix_file)):
+        path, out = Path(name), Path(writing.output or "")
+        if not path.exists():
+            raise ConfigError(f"{name}: cannot be read: {os.strerror(errno.ENOENT)}")
+        if writing.output and out.exists() and out.samefile(path):
+            raise ConfigError(f"--output {writing.output} is a file that is read: give another one")
+
+
+@contextlib.contextmanager
+def _destination(output: str | None) -> Iterator[Callable[[Sequence[str]], None]]:
+    """Writes rows and flushes. A file that was there keeps what it held until the first window is decoded."""
+    where = output or "standard output"
+    file: TextIO = sys.stdout
+    is_new, has_begun = output is not None and not Path(output).exists(), False
+    if output is not None:
+        try:
+            file = Path(output).open("a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+
+    def write(rows: Sequence[str]) -> None:
+        nonlocal has_begun
+        try:
+            if not has_begun and output is not None and Path(output).is_file():
+                file.truncate(0)
+            has_begun = True
+            file.writelines(rows)
+            file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise DataError(f"{where}: cannot be written: {error.strerror or error}") from None
+
+    try:
+        yield write
+    finally:
+        if output is not None:
+            with contextlib.suppress(OSError):  # said already
+                file.close()
+            if is_new and not has_begun:
+                Path(output).unlink(missing_ok=True)
 
 
 def format_line(line: Line, decoded: Decoded, writing: Writing) -> Iterator[str]:
@@ -154,7 +203,7 @@ def _load(model: Model) -> _Decode:
 def _workers(model: Model, nproc: int) -> Iterator[_Decode]:
     """The same by several processes. A window is dealt out by length, so that all have as much to do."""
     context = multiprocessing.get_context("spawn")
-    threads = model.threads or max(1, (os.cpu_count() or 1) // nproc)
+    threads = model.threads or max(1, n_cores() // nproc)
     pool = ProcessPoolExecutor(
         nproc,
         mp_context=context,

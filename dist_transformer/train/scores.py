@@ -45,12 +45,15 @@ def evaluate_files(
 
     Returns:
         Every metric in percent, rounded to 2 digits; `loss`; `sentences` (sources that were decoded) and
-        `references`; `signatures` by metric, and BLEU's as `signature`; `checkpoint`.
+        `references`; `signatures` by metric, and BLEU's as `signature`; `checkpoint`, its `weights` (`current` or
+        `ema`) and the names of those whose mean it is (`averaged`).
 
     Raises:
-        DataError: if the files are not of one length, or empty.
+        DataError: if the files are not of one length, or empty, or the output cannot be written.
     """
     lines = _read_parallel(source, references)
+    if output:
+        check_writable("--output", output, [source, *references])
     set_threads(threads)
     run = TrainedRun(path, choice)
     asked, of_run = scoring or Scoring(), run.config.evaluate
@@ -62,7 +65,7 @@ def evaluate_files(
     texts = group_by_source(lines.sources, lines.references) if option("group_sources") else lines
     outputs = decode_lines(run, texts.sources, decoding)
     if output:
-        Path(output).write_text("".join(f"{line}\n" for line in outputs), encoding="utf-8")
+        _write("--output", Path(output), "".join(f"{line}\n" for line in outputs))
     metrics: Sequence[Metric] = option("metrics")
     of_text = [metric for metric in get_args(TextMetric) if metric in metrics]
     how = {name: option(name) for name in ("tokenize", "lowercase", "ignore")}
@@ -85,9 +88,9 @@ def table(result: Mapping[str, Any]) -> str:
         for key, value in figures
     ]
     n_sentences, n_references = result["sentences"], result["references"]
-    return "\n".join(
-        [*lines, f"{n_sentences:,} sentences, {n_references:,} references, {result['checkpoint']}"]
-    )
+    which = result["checkpoint"] + (", moving average" if result["weights"] == "ema" else "")
+    which += f", mean of {', '.join(result['averaged'])}" if result["averaged"] else ""
+    return "\n".join([*lines, f"{n_sentences:,} sentences, {n_references:,} references, {which}"])
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
@@ -96,10 +99,30 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         DataError: it cannot be written.
     """
+    _write("--out", path, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+
+
+def check_writable(option: str, name: str, read: Sequence[str]) -> None:
+    """Refuse what would be found out only after all decoding.
+
+    Args:
+        read: files that must not be written.
+
+    Raises:
+        DataError: it is one of them, or its folder is not there.
+    """
+    path = Path(name)
+    if path.exists() and any(Path(other).exists() and path.samefile(other) for other in read):
+        raise DataError(f"{option} {name} is a file that is read: give another one")
+    if path.is_dir() or not path.parent.is_dir():
+        raise DataError(f"{option} {name}: cannot be written: {path.parent} is no folder or it is one itself")
+
+
+def _write(option: str, path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
 
 
 def _read_parallel(source: str, references: Sequence[str]) -> Grouped:
@@ -132,6 +155,8 @@ def _result(
         "sentences": n_sentences,
         "references": len(pairs),
         "checkpoint": run.checkpoint.name,
+        "weights": run.weights,
+        "averaged": run.averaged,
     }
 
 

@@ -45,6 +45,10 @@ class TrainedRun:
             raise CheckpointError(f"{path}: no run there: config.yaml is missing")
         self.checkpoint = find_checkpoint_in(path, choice.checkpoint)
         """The folder that was read; the newest of those that were averaged."""
+        self.weights: Weights = "current"
+        """The trained ones or their moving average."""
+        self.averaged: list[str] = []
+        """Names of the checkpoints whose mean it is; none: it is one checkpoint's."""
         if choice.average is not None and self.checkpoint == path:
             raise CheckpointError(f"{path} is a checkpoint itself: --average needs its run")
         home = (
@@ -68,6 +72,14 @@ class TrainedRun:
         if weights is None:
             with CheckpointReader(self.checkpoint) as reader:
                 weights = self.config.evaluate.weights if reader.has("ema") else "current"
+        self.weights = weights
         if choice.average is not None:
-            return dict(averaged_weights(newest_of(path, choice.average), weights))
+            checkpoints = newest_of(path, choice.average)
+            self.averaged = [checkpoint.name for checkpoint in checkpoints]
+            return dict(averaged_weights(checkpoints, weights))
         return load_weights(self.checkpoint, weights)
+
+    def describe_weights(self) -> str:
+        """What was read of the checkpoint, where it is more than its trained weights: for the end of a sentence."""
+        moving = ", moving average" if self.weights == "ema" else ""
+        return moving + (f", mean of {', '.join(self.averaged)}" if self.averaged else "")

@@ -183,6 +183,13 @@ def test_bad_input(
     good = ["evaluate", str(run_dir), "--source", source, "--reference", target]
     assert main([*good, str(pair_files / "target.txt")]) == 1
     assert capsys.readouterr().err.endswith("target.txt 600: they must be parallel\n")
+    for options, says in (
+        (["--output", source], "is a file that is read"),
+        (["--output", str(tmp_path / "no" / "x")], "cannot be written"),
+        (["--out", str(tmp_path / "no" / "x")], "cannot be written"),
+    ):
+        assert main([*good, *options]) == 1
+        assert says in capsys.readouterr().err
     assert main([*good, "--weights", "ema", "--checkpoint", "7"]) == 1
     assert (
         "has no checkpoint step-00000007: there are step-00000005, step-00000020" in capsys.readouterr().err

@@ -139,12 +139,40 @@ def test_bad_input_is_one_sentence(run_dir: Path, tmp_path: Path) -> None:
         (["--sample", "--top-p", "1.5"], 2, "generate.top_p"),
         (["--prefix-file", "a", "--tab-prefixes"], 2, "choose"),
         (["--nproc", "2", "--temperature", "0"], 2, "generate.temperature"),
+        (["--max-ratio", "inf"], 2, "generate.max_ratio"),
+        (["--length-penalty", "nan"], 2, "generate.length_penalty"),
+        (["--checkpoint", "²"], 1, "no checkpoint ²"),
     ):
         done = command("generate", run_dir, *options, stdin="alpha\n")
         assert done.returncode == exit_code, done.stderr
         assert says in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
         if "latin" in says:
             assert len(done.stdout.splitlines()) == 2, "what came before is written"
+
+
+def test_no_file_is_lost(run_dir: Path, lines: list[str], tmp_path: Path) -> None:
+    source, prefixes, before = tmp_path / "source.txt", tmp_path / "prefixes.txt", tmp_path / "before.txt"
+    for path in (source, prefixes, before):
+        path.write_text("alpha\nbravo\n")
+    read = ["--input", source, "--prefix-file", prefixes]
+    for options, says in (
+        ([*read, "--output", source], "source.txt is a file that is read"),
+        ([*read, "--output", prefixes], "prefixes.txt is a file that is read"),
+        (["--input", tmp_path / "none.txt", "--output", before], "none.txt: cannot be read"),
+        (["--input", source, "--n-best", "4", "--output", before], "need a beam of as many"),
+        (["--input", source, "--output", "/dev/full"], "/dev/full: cannot be written: No space left"),
+    ):
+        done = command("generate", run_dir, *options)
+        assert done.returncode in (1, 2) and says in done.stderr and done.stderr.count("\n") == 1
+    for path in (source, prefixes, before):
+        assert path.read_text() == "alpha\nbravo\n"
+    done = command("generate", run_dir, "--input", source, "--n-best", "4", "--output", tmp_path / "new.txt")
+    assert done.returncode == 2 and not (tmp_path / "new.txt").exists()
+    assert command("generate", run_dir, "--input", source, "--output", before).returncode == 0
+    assert before.read_text().splitlines() == generate(run_dir, ["alpha", "bravo"])
+    # A byte order mark is no part of the first line.
+    source.write_text("\ufeffalpha\nbravo\n")
+    assert command("generate", run_dir, "--input", source).stdout == before.read_text()
 
 
 def start(run_dir: Path, *options: str) -> "subprocess.Popen[str]":
@@ -195,14 +223,17 @@ def test_a_closed_pipe_ends_it_quietly(run_dir: Path, lines: list[str], nproc: s
         process.stderr.close()
 
 
-def test_under_a_launcher_it_says_what_to_use(run_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher", [{"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}]
+)
+def test_under_a_launcher_it_says_what_to_use(run_dir: Path, launcher: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dist_transformer", "generate", str(run_dir)],
         input="alpha\n",
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
-        env={**environment(), "WORLD_SIZE": "2", "RANK": "0"},
+        env={**environment(), **launcher},
     )
     assert done.returncode == 2
     assert "--nproc N" in done.stderr

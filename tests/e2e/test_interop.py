@@ -174,7 +174,7 @@ def test_bad_input(
     (there / "thesis.tex").write_text("")
     assert "holds thesis.tex, which no export wrote" in refused("export", run_dir, there, "--overwrite")
     assert refused("import", there, there) == f"{there} is there already: give another OUT, or --overwrite"
-    assert "which no export wrote: it is not overwritten" in refused("import", there, run_dir, "--overwrite")
+    assert "which no import wrote: it is not overwritten" in refused("import", there, run_dir, "--overwrite")
     out = tmp_path / "out"
     assert "this model is no bart of Hugging Face's" in refused("export", run_dir, out, "--family", "bart")
     assert "--quantization is for --to ctranslate2" in refused(

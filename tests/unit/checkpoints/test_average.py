@@ -131,6 +131,17 @@ def test_what_cannot_be_averaged(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_a_checkpoint_of_training_is_not_overwritten(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_dir / "checkpoints" / "step-00000010"
+    before = (out / "trainer.json").read_bytes()
+    arguments = ["checkpoint", "average", str(run_dir), "--last", "1", "--out", str(out), "--overwrite"]
+    assert main(arguments) == 1
+    assert "no mean of checkpoints: it is not overwritten" in capsys.readouterr().err
+    assert (out / "trainer.json").read_bytes() == before
+
+
 def test_a_damaged_checkpoint_leaves_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = run_dir / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

@@ -135,8 +135,18 @@ def test_a_mode_token_begins_every_source(tokenizer: TextTokenizer, monkeypatch:
     monkeypatch.setattr(spans_module, "search_sources", search)
     model, mode_id = small_model("modern_small", vocab_size=448), tokenizer.mode_ids["R"]
     [filled] = fill_texts(
-        model, tokenizer, ["the ___"], GenerateConfig(), max_source_len=3, max_target_len=8, mode_id=mode_id
+        model, tokenizer, ["the ___"], GenerateConfig(), max_source_len=9, max_target_len=8, mode_id=mode_id
     )
     assert shown == [[mode_id, *tokenizer.encode("the"), sentinel(tokenizer, 0)]]
     assert filled.text == "the cat"
-    assert filled.n_cut == len(shown[0]) + 1 - 3
+    assert filled.n_cut == 0
+    # Of a long text that is continued, the end is seen, with the gap behind it; of one with gaps, the beginning.
+    shown.clear()
+    long = "the dog ran on " * 9
+    options: dict[str, int] = {"max_source_len": 9, "max_target_len": 8, "mode_id": mode_id}
+    found = fill_texts(model, tokenizer, [long, f"the ___ {long}"], GenerateConfig(), **options)
+    ids = tokenizer.encode(long)
+    assert shown[0] == [mode_id, *ids[-6:], sentinel(tokenizer, 0)]
+    assert shown[1][:4] == [mode_id, *tokenizer.encode("the"), sentinel(tokenizer, 0), shown[1][3]]
+    assert [len(source) for source in shown] == [8, 8]
+    assert found[0].n_cut == len(ids) + 2 - 8 and found[0].text == long + " cat"

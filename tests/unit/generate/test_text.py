@@ -151,6 +151,13 @@ def test_texts_are_continued(model: EncoderDecoder, tokenizer: TextTokenizer) ->
     continued = continue_texts(model, tokenizer, TEXTS, config, **lengths)
     assert [c.text for c in continued] == [t + w.text for t, w in zip(TEXTS, written, strict=True)]
     assert [c.score for c in continued] == [w.score for w in written]
+    # Of a long text the model sees the end, behind which it writes.
+    long = "the old river " * 20 + "a red house"
+    tail = tokenizer.decode(tokenizer.encode(long)[-31:])
+    assert len(tokenizer.encode(tail)) == 31
+    [seen], [of_tail] = (continue_texts(model, tokenizer, [text], config, **lengths) for text in (long, tail))
+    assert seen.text.removeprefix(long) == of_tail.text.removeprefix(tail)
+    assert seen.n_cut == len(tokenizer.encode(long)) - 31 and of_tail.n_cut == 0
     marked = continue_texts(model, tokenizer, TEXTS, config, mode_id=tokenizer.mode_ids["S"], **lengths)
     assert [m.score for m, t in zip(marked, TEXTS, strict=True) if t.strip()] != [
         c.score for c, t in zip(continued, TEXTS, strict=True) if t.strip()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_transformer.errors import ConfigError
-from dist_transformer.interop.folders import load_package, new_folder
+from dist_transformer.interop.folders import Kind, load_package, new_folder
 
 
 def write(out: Path, text: str, overwrite: bool = False) -> None:
@@ -36,13 +36,47 @@ def test_overwriting(tmp_path: Path) -> None:
     assert (out / "config.json").read_text() == "two"
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "checkpoints/step-00000007", "checkpoints/best"])
-def test_what_no_export_wrote_stays(name: str, tmp_path: Path) -> None:
+def test_somebody_elses_model_stays(tmp_path: Path) -> None:
+    """It has the same names, but no mark, or another command's."""
     out = tmp_path / "out"
-    write(out, "one")
-    (out / name).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"holds {name}, which no export wrote"):
+    out.mkdir()
+    (out / "config.json").write_text("theirs")
+    with pytest.raises(ConfigError, match="was not written by `export`"):
         write(out, "two", overwrite=True)
+    assert (out / "config.json").read_text() == "theirs"
+    run = tmp_path / "run"
+    with new_folder(run, overwrite=False, kind="import") as folder:
+        (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="was not written by `export`"):
+        write(run, "two", overwrite=True)
+    beside = tmp_path / "run.partial"
+    beside.mkdir()
+    (beside / "mine.txt").write_text("")
+    with new_folder(run, overwrite=True, kind="import") as folder:
+        (folder / "tokenizer.json").write_text("[]")
+    assert (run / "tokenizer.json").read_text() == "[]" and (beside / "mine.txt").exists()
+    assert run.stat().st_mode & 0o777 == beside.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("export", "notes.txt"),
+        ("export", "checkpoints"),
+        ("import", "checkpoints/step-00000007"),
+        ("import", "checkpoints/best"),
+    ],
+)
+def test_what_no_export_wrote_stays(kind: Kind, name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with new_folder(out, overwrite=False, kind=kind) as folder:
+        (folder / "tokenizer.json").write_text("one")
+    (out / name).mkdir(parents=True)
+    with (
+        pytest.raises(ConfigError, match=f"holds {name}, which no {kind} wrote"),
+        new_folder(out, overwrite=True, kind=kind),
+    ):
+        pass
     assert (out / name).exists()
 
 
