@@ -41,12 +41,12 @@ def prepare_run(config: Config, mesh: Mesh) -> tuple[Config, TextTokenizer]:
 
 
 def _check_free(run_dir: Path) -> None:
-    """Two trainings in one folder would remove each other's checkpoints. Batch jobs look at other nodes too.
+    """Two trainings in one folder would remove each other's checkpoints. In batch jobs, `job begin` has looked.
 
     Raises:
         ConfigError: a process of this node trains in it.
     """
-    attempt = read_attempt(run_dir)
+    attempt = None if "SLURM_JOB_ID" in os.environ else read_attempt(run_dir)
     if attempt is None or attempt.get("host") != platform.node() or attempt.get("pid") == os.getpid():
         return
     try:

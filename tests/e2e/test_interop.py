@@ -116,6 +116,7 @@ def test_there_used_and_back(run_dir: Path, pair_files: Path, tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
         "model.safetensors",
         "config.json",
+        "dist_transformer.json",
         "tokenizer.json",
     }
 

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,11 +114,14 @@ def test_weights_of_another_model(tmp_path: Path, model: dict[str, Any], says: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_is_being_trained(tmp_path: Path) -> None:
+def test_a_run_that_is_being_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     program = "import time; time.sleep(100)"
     for name, refused in (("dist_transformer", True), ("another_program", False)):
         process = subprocess.Popen([sys.executable, "-c", program, name])
         try:
+            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                time.sleep(0.01)
             attempt = {"host": platform.node(), "pid": process.pid}
             (tmp_path / ATTEMPT_NAME).write_text(json.dumps(attempt))
             if refused:
