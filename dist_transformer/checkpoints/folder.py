@@ -47,8 +47,8 @@ class TrainerState:
     """Lane cursors of all ranks (`data.stream.merge_states`)."""
     best: dict[str, Any] | None = None
     """`metric`, its best `value` so far, and the `step` of the checkpoint that has it (`checkpoint.best_metric`)."""
-    evaluated_step: int = 0
-    """Updates before the last evaluation, which a stop may have left out."""
+    evaluated_step: int | None = None
+    """Updates before the last evaluation, which a stop may have left out; null: written before this was noted."""
     early_stopping: dict[str, Any] | None = None
     """`metric`, its best `value`, and how many evaluations in a row since were no better (`n_without`)."""
 

@@ -111,8 +111,9 @@ class EvaluateHook:
     @property
     def is_missing(self) -> bool:
         """Whether the checkpoint that the run goes on from was saved by a stop in place of an evaluation."""
-        step = self.state.step
-        return 0 < step < self.config.train.steps and self._is_due(step) and self.state.evaluated_step < step
+        step, evaluated = self.state.step, self.state.evaluated_step
+        is_left_out = evaluated is not None and evaluated < step  # an older checkpoint does not say
+        return 0 < step < self.config.train.steps and self._is_due(step) and is_left_out
 
     def catch_up(self) -> None:
         """Evaluate what the run goes on from. A collective."""

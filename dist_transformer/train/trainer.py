@@ -59,7 +59,7 @@ def train(config: Config) -> None:
         clock.begin("data")
         config, tokenizer = prepare_run(config, mesh)
         checkpoint = find_checkpoint(config, mesh)
-        state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
+        state = read_trainer_state(checkpoint) if checkpoint else TrainerState(evaluated_step=0)
         clock.begin("dashboard")
         outlets = _open_outlets(config, mesh, state.step)
         exit_code = 1
