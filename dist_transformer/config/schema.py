@@ -65,6 +65,10 @@ class TrainConfig(Section):
     """Weight of the uniform distribution in the target (the paper, section 5.4)."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of log(Z)^2, which keeps the output's normaliser near 1 (T5 v1.1 uses 1e-4)."""
+    r_drop: NonNegativeFloat = 0.0
+    """Send each row through the model twice and draw both outputs together (R-Drop, Liang et al. 2021, whose alpha this
+    is; they take 5 for translation): keeps small data from being learned by heart, for twice the work a row. Needs
+    dropout; 0: once."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     max_bad_steps: PositiveInt = 10
@@ -282,6 +286,10 @@ class Config(Section):
                 )
         if self.evaluate.weights == "ema" and self.train.ema_decay is None:
             problems.append("evaluate.weights=ema needs train.ema_decay: there is no average without it")
+        if self.train.r_drop and not _has_dropout(self.model):
+            problems.append(
+                "train.r_drop needs dropout: without it both passes are the same; set model.dropout, or train.r_drop=0"
+            )
         if self.train.compile:
             problems += _compile_problems(self)
         problems += _tensor_parallel_problems(self.model, self.parallel.tp_degree)
@@ -293,6 +301,12 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _has_dropout(model: ModelConfig) -> bool:
+    """Whether two passes of the same rows can differ."""
+    inside = (model.dropout if own is None else own for own in (model.attention_dropout, model.ffn_dropout))
+    return any([*inside, model.stack("encoder").dropout, model.stack("decoder").dropout])
 
 
 def _compile_problems(config: Config) -> list[str]:

@@ -1,5 +1,6 @@
 """The module that DeepSpeed wraps: the model and its loss, from a batch to sums over target tokens."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from dist_transformer.parallel.regions import TensorParallel
 class TrainingModule(nn.Module):
     """Model and loss. In evaluation mode the objective is the plain cross-entropy.
 
+    With `train.r_drop` each row goes through the model twice, as two rows, so that dropout differs.
+
     Args:
         tp: the ranks that share the model.
     """
@@ -24,21 +27,28 @@ class TrainingModule(nn.Module):
 
     def forward(self, batch: Batch) -> TokenLoss:
         """Sums over the batch's target tokens; padding does not count."""
+        r_drop = self.train_config.r_drop if self.training else 0.0
+
+        def rows(x_BT: Tensor) -> Tensor:
+            x_BT = self._even(x_BT)
+            return torch.cat([x_BT, x_BT]) if r_drop else x_BT
+
         hidden_BTD = self.model(
-            self._even(batch.encoder_input_tokens),
-            self._even(batch.encoder_segment_ids),
-            self._even(batch.encoder_positions),
-            self._even(batch.decoder_input_tokens),
-            self._even(batch.decoder_segment_ids),
-            self._even(batch.decoder_positions),
+            rows(batch.encoder_input_tokens),
+            rows(batch.encoder_segment_ids),
+            rows(batch.encoder_positions),
+            rows(batch.decoder_input_tokens),
+            rows(batch.decoder_segment_ids),
+            rows(batch.decoder_positions),
         )
         return linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.model.output_weight,
-            self._even(batch.decoder_target_tokens).flatten(),
+            rows(batch.decoder_target_tokens).flatten(),
             ignore_id=PAD_ID,
             label_smoothing=self.train_config.label_smoothing if self.training else 0.0,
             z_loss=self.train_config.z_loss if self.training else 0.0,
+            r_drop=r_drop,
             chunk_rows=self.train_config.loss_chunk_rows,
             tp=self.tp,
         )

@@ -23,9 +23,9 @@ class TokenLoss(NamedTuple):
     """Sums over target tokens; divide by `n_tokens` over the whole global batch, once."""
 
     objective: Tensor
-    """What is minimised: smoothed cross-entropy plus z-loss, in nats. Carries the gradient."""
+    """What is minimised: smoothed cross-entropy, z-loss and divergence of twins, in nats. Carries the gradient."""
     cross_entropy: Tensor
-    """Negative log-likelihood of the targets in nats, without smoothing or z-loss. No gradient."""
+    """Negative log-likelihood of the targets in nats, without what the objective adds. No gradient."""
     n_correct: Tensor
     """Targets that have the largest logit."""
     n_tokens: Tensor
@@ -42,6 +42,7 @@ def linear_cross_entropy(
     ignore_id: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    r_drop: float = 0.0,
     chunk_rows: int = 1280,
     tp: TensorParallel | None = None,
 ) -> TokenLoss:
@@ -51,19 +52,32 @@ def linear_cross_entropy(
     objective = (1 - e) (log Z - l_target) + e (log Z - mean l) + z_loss (log Z)^2.
     Label smoothing: Szegedy et al. 2016; z-loss: Mesh TensorFlow, as in T5 v1.1.
 
+    With `r_drop` = a, the second half of the rows are the first half's twins: the same tokens, another dropout. Each
+    pair counts as one token, with the mean of both objectives and a / 4 (KL(p | q) + KL(q | p)) for their softmaxes p
+    and q: half of equation 3 of Liang et al. 2021 (R-Drop), which adds two objectives instead of taking the mean.
+
     Gradients of hidden and weight are computed with the loss, chunk by chunk, in one pass over the logits.
 
     Args:
         tp: ranks of which each has an equal part of the vocabulary, in order: `weight_VD` is this rank's part
             [V/tp, D]. Every rank gets the whole loss, and its part of the sum that is the gradient of `hidden_ND`:
-            `parallel.regions.enter` adds them. One small exchange a chunk.
+            `parallel.regions.enter` adds them. One small exchange a chunk; with `r_drop` another.
+
+    Raises:
+        ValueError: if `r_drop` is given an odd number of rows.
     """
+    if r_drop and hidden_ND.shape[0] % 2:
+        raise ValueError(f"{hidden_ND.shape[0]} rows cannot be pairs of twins")
     if not torch.is_grad_enabled():
         # Inside `forward` a weight asks for its gradient even where nobody will take it.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    options = _Options(ignore_id, label_smoothing, z_loss, chunk_rows, tp)
+    options = _Options(ignore_id, label_smoothing, z_loss, r_drop, chunk_rows, tp)
     sums = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options)  # type: ignore[no-untyped-call]
-    return TokenLoss(*sums)
+    loss = TokenLoss(*sums)
+    if not r_drop:
+        return loss
+    objective, cross_entropy, n_correct, n_tokens, is_correct = loss
+    return TokenLoss(objective / 2, cross_entropy / 2, n_correct / 2, n_tokens // 2, is_correct)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class _Options:
     ignore_id: int
     label_smoothing: float
     z_loss: float
+    r_drop: float
     chunk_rows: int
     tp: TensorParallel | None
 
@@ -82,25 +97,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs_gradient = any(ctx.needs_input_grad)
         wide = torch.promote_types(weight_VD.dtype, torch.float32)  # of logits, sums and their gradients
-        d_hidden_ND = torch.empty_like(hidden_ND) if needs_gradient else None
+        n_twins = 2 if options.r_drop else 1
+        hidden_2ND = hidden_ND.reshape(n_twins, -1, hidden_ND.shape[-1])
+        d_hidden_2ND = torch.empty_like(hidden_2ND) if needs_gradient else None
         d_weight_VD: Tensor | None = None
         weight_sum_D = weight_VD.sum(dim=0, dtype=wide) if options.label_smoothing else None
         sums = torch.zeros(3, dtype=wide, device=hidden_ND.device)
-        is_correct_N = torch.empty(targets_N.shape, dtype=torch.bool, device=hidden_ND.device)
-        for rows in _even_slices(hidden_ND.shape[0], options.chunk_rows):
-            hidden = hidden_ND[rows]
+        targets_2N = targets_N.reshape(n_twins, -1)
+        is_correct_2N = torch.empty(targets_2N.shape, dtype=torch.bool, device=hidden_ND.device)
+        for rows in _even_slices(targets_2N.shape[1], max(1, options.chunk_rows // n_twins)):
+            # Views, but for twins: their rows stand apart.
+            hidden = hidden_2ND[:, rows].flatten(0, 1)
             chunk = _chunk(
                 F.linear(hidden, weight_VD),
-                targets_N[rows],
+                targets_2N[:, rows].flatten(),
                 None if weight_sum_D is None else hidden.to(wide) @ weight_sum_D,
                 options,
             )
             sums += chunk.sums
-            is_correct_N[rows] = chunk.is_correct
-            if d_hidden_ND is not None:
-                d_weight_VD = _add_gradients(chunk, hidden, weight_VD, d_hidden_ND[rows], d_weight_VD)
+            is_correct_2N[:, rows] = chunk.is_correct.view(n_twins, -1)
+            if d_hidden_2ND is not None:
+                d_hidden = d_hidden_2ND[:, rows].flatten(0, 1)
+                d_weight_VD = _add_gradients(chunk, hidden, weight_VD, d_hidden, d_weight_VD)
+                if n_twins > 1:
+                    d_hidden_2ND[:, rows] = d_hidden.view(n_twins, -1, d_hidden.shape[1])
         n_tokens = (targets_N != options.ignore_id).sum()
-        if d_hidden_ND is not None:
+        is_correct_N = is_correct_2N.flatten()
+        if d_hidden_2ND is not None:
+            d_hidden_ND = d_hidden_2ND.flatten(0, 1)
             if d_weight_VD is None:  # no rows at all
                 d_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
             if weight_sum_D is not None:
@@ -141,6 +165,7 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     own = targets - (0 if tp is None else tp.rank * n_own)
     is_own = (own >= 0) & (own < n_own)
     own = torch.where(is_own, own, 0)[:, None]
+    raw_logits = logits.clone() if options.r_drop else None
     own_largest, own_total, gold_logit, gold_share = _softmax(logits, own)
     own_gold = gold_logit * is_own
     largest, total, gold, sum_ = _over_vocabulary(
@@ -151,10 +176,16 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
     objective = (1 - smoothing) * cross_entropy + z_loss * log_z.square()
     if smoothing:
         objective = objective + smoothing * (log_z - sum_ / (n_own * (1 if tp is None else tp.size)))
+    # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
+    own_share = (own_largest - largest).exp() * own_total / total
+    row_scale = (1 + 2 * z_loss * log_z) * own_share
+    if raw_logits is not None:
+        divergence, gold_share = _add_divergence(
+            logits, raw_logits, own, own_share, row_scale, log_z, options
+        )
+        objective, row_scale = objective + divergence, torch.ones_like(row_scale)
     is_correct = (gold == largest) & counts
     sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)])
-    # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
-    row_scale = (1 + 2 * z_loss * log_z) * (own_largest - largest).exp() * own_total / total
     # A rank may have nothing but the target: that part must not go.
     row_scale = torch.where(row_scale.abs() < _LEAST_SCALE, _LEAST_SCALE, row_scale)
     gold_gradient = gold_share + torch.where(is_own, (smoothing - 1.0) / row_scale, 0.0)
@@ -191,6 +222,57 @@ def _softmax(logits: Tensor, gold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         if logits.dtype != wide:
             logits[rows] = block
     return largest, total, gold_logit, gold_share
+
+
+def _add_divergence(
+    softmax: Tensor,
+    logits: Tensor,
+    gold: Tensor,
+    share: Tensor,
+    scale: Tensor,
+    log_z: Tensor,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Turns the softmax of twins [2N, V], in place, into `scale` times it plus the gradient of their divergence.
+
+    For softmaxes p and q, d KL(p | q) / d logits of p = p (log(p / q) - KL(p | q)), and d KL(q | p) = p - q.
+
+    Args:
+        gold: [2N, 1] a column of each row.
+        share: [2N] what each row's part of the vocabulary has of its whole softmax.
+        scale: [2N] factor of the softmax.
+        log_z: [2N] of the whole vocabulary.
+
+    Returns:
+        [2N] each row's half of its pair's divergence, and what the result has in the column `gold`: float32 or wider.
+    """
+    n_pairs, wide, half, tp = len(logits) // 2, log_z.dtype, options.r_drop / 2, options.tp
+    divergence_2N, at_gold_2N = torch.empty_like(log_z), torch.empty_like(log_z)
+    block_pairs = n_pairs
+    if logits.device.type == "cpu":
+        block_pairs = max(1, _CACHED // 2 // logits.shape[1]) * torch.get_num_threads()
+    for rows in _even_slices(n_pairs, block_pairs):
+        one, other = rows, slice(rows.start + n_pairs, rows.stop + n_pairs)
+        p, q = softmax[one].to(wide), softmax[other].to(wide)
+        if tp is not None and tp.size > 1:
+            p, q = p * share[one, None], q * share[other, None]
+        # log(p / q) is the difference of logits less that of log Z: a constant of the row, kept out of the passes.
+        difference = logits[one].to(wide).sub_(logits[other])
+        constant = log_z[one] - log_z[other]
+        kl = torch.stack([torch.linalg.vecdot(p, difference), torch.linalg.vecdot(q, difference)])
+        if tp is not None and tp.size > 1:
+            kl = tp.all_reduce(kl)
+        kl = torch.stack([kl[0] - constant, constant - kl[1]])
+        gradients = []  # Neither may be in place before the other is there: in one precision, p and q are views.
+        for twin, own, others, sign, kl_own in ((one, p, q, 1.0, kl[0]), (other, q, p, -1.0, kl[1])):
+            factor = scale[twin] / share[twin] + half * (1 - kl_own - sign * constant)
+            gradient = torch.add(factor[:, None], difference, alpha=sign * half)
+            gradients.append(gradient.mul_(own).sub_(others, alpha=half))
+        for twin, gradient in zip((one, other), gradients, strict=True):
+            at_gold_2N[twin] = gradient.gather(1, gold[twin]).squeeze(1)
+            softmax[twin] = gradient
+            divergence_2N[twin] = half / 2 * kl.sum(dim=0)
+    return divergence_2N, at_gold_2N
 
 
 def _add_gradients(

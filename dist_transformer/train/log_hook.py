@@ -140,8 +140,10 @@ class LogHook:
         n_tokens, n_positions = useful.n_source + useful.n_target, executed.n_source + executed.n_target
         model = self.config.model
         device_s = seconds * self.engine.mesh.world_size
-        model_flops = training_flops(model, useful) / device_s
-        executed_flops = hardware_flops(model, executed, self.config.recompute, self._is_fused()) / device_s
+        passes = 2 if self.config.train.r_drop else 1
+        model_flops = passes * training_flops(model, useful) / device_s
+        hardware = hardware_flops(model, executed, self.config.recompute, self._is_fused())
+        executed_flops = passes * hardware / device_s
         assert self._peak is not None
         return {
             "perf/tokens_per_sec": n_tokens / seconds,

@@ -159,20 +159,24 @@ def check_embeddings(tp: TensorParallel) -> None:
 
 def check_loss(tp: TensorParallel) -> None:
     generator = torch.Generator().manual_seed(8)
-    for label_smoothing, z_loss, cached in ((0.0, 0.0, 2**18), (0.1, 1e-3, 2**18), (0.1, 1e-3, 60)):
-        with mock.patch.object(cross_entropy, "_CACHED", cached):  # the last one: several blocks a chunk
-            check_loss_with(tp, generator, label_smoothing, z_loss)
+    for r_drop in (0.0, 5.0):
+        for label_smoothing, z_loss, cached in ((0.0, 0.0, 2**18), (0.1, 1e-3, 2**18), (0.1, 1e-3, 60)):
+            with mock.patch.object(cross_entropy, "_CACHED", cached):  # the last one: several blocks a chunk
+                check_loss_with(tp, generator, label_smoothing, z_loss, r_drop)
 
 
 def check_loss_with(
-    tp: TensorParallel, generator: torch.Generator, label_smoothing: float, z_loss: float
+    tp: TensorParallel, generator: torch.Generator, label_smoothing: float, z_loss: float, r_drop: float
 ) -> None:
     whole, part = twins("vaswani2017_base", tp)
-    hidden = torch.randn(B, T, D, generator=generator).requires_grad_()
+    n_rows = 2 * B if r_drop else B
+    hidden = torch.randn(n_rows, T, D, generator=generator).requires_grad_()
     own = own_positions(hidden.detach(), tp).clone().requires_grad_()
     targets = torch.randint(0, SHAPE["vocab_size"], (B * T,), generator=generator)  # 0 does not count
+    targets = targets.repeat(n_rows // B)
     options: dict[str, Any] = {
         "ignore_id": 0,
+        "r_drop": r_drop,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "chunk_rows": 5,

@@ -24,6 +24,14 @@ def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, T
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
+def twins() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of which the second half has the first half's targets."""
+    one, weight, targets = inputs()
+    other, _, _ = inputs(seed=1)
+    hidden = torch.cat([one, other]).detach().requires_grad_()
+    return hidden, weight, torch.cat([targets, targets])
+
+
 def reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +69,69 @@ def test_equals_torch(
     torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
+
+
+def twin_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, r_drop: float
+) -> tuple[Tensor, Tensor]:
+    """As the paper has it (R-Drop, equation 3), halved."""
+    objective, plain = reference(hidden, weight, targets, label_smoothing, z_loss)
+    p, q = (hidden @ weight.T).log_softmax(-1).chunk(2)
+    divergence = F.kl_div(q, p, log_target=True, reduction="none") + F.kl_div(
+        p, q, log_target=True, reduction="none"
+    )
+    counts = (targets != 0).chunk(2)[0]
+    return (objective + r_drop / 2 * (divergence.sum(-1) * counts).sum()) / 2, plain / 2
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 36, 1000])
+@pytest.mark.parametrize("cached", [2**18, 600, 10], ids=["one block", "blocks", "single pairs"])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_twins_are_drawn_together(
+    label_smoothing: float, z_loss: float, chunk_rows: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 throughout."""
+    monkeypatch.setattr(cross_entropy, "_CACHED", cached)
+    hidden, weight, targets = twins()
+    expected, expected_plain = twin_reference(hidden, weight, targets, label_smoothing, z_loss, r_drop=5.0)
+    d_hidden, d_weight = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    loss = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        ignore_id=0,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        r_drop=5.0,
+        chunk_rows=chunk_rows,
+    )
+    (3.0 * loss.objective).backward()
+    torch.testing.assert_close(loss.objective, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
+    is_correct = ((hidden @ weight.T).argmax(-1) == targets) & (targets != 0)
+    assert torch.equal(loss.is_correct, is_correct) and loss.n_correct == is_correct.sum() / 2
+    assert loss.n_tokens == (targets != 0).sum() / 2
+
+
+def test_equal_twins_are_the_plain_loss() -> None:
+    hidden, weight, targets = inputs()
+    plain = linear_cross_entropy(hidden, weight, targets, ignore_id=0, label_smoothing=0.1)
+    twice = linear_cross_entropy(
+        torch.cat([hidden, hidden]),
+        weight,
+        torch.cat([targets, targets]),
+        ignore_id=0,
+        label_smoothing=0.1,
+        r_drop=5.0,
+    )
+    torch.testing.assert_close(twice.objective, plain.objective, rtol=1e-12, atol=0)
+
+
+def test_half_a_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="37 rows"):
+        linear_cross_entropy(*inputs(), ignore_id=0, r_drop=1.0)
 
 
 def test_counts() -> None:
