@@ -1,6 +1,7 @@
 """Evaluation on held-out data: loss over packed rows, BLEU and samples over decoded text."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -16,6 +17,7 @@ from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.engine import Engine
 from dist_transformer.errors import DataError
+from dist_transformer.generate.search import Hypothesis
 from dist_transformer.generate.text import search_sources
 from dist_transformer.parallel.collectives import (
     gather_objects,
@@ -42,6 +44,14 @@ class Sample:
         return self.references[0]
 
 
+class EvaluationInterruptedError(Exception):
+    """The run is to stop before the evaluation has ended. Raised on every rank; nothing of it is kept."""
+
+
+WantsStop = Callable[[], bool]
+"""Whether this rank knows of a wish to stop."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What one evaluation found; the same on every rank."""
@@ -56,7 +66,9 @@ class Evaluation:
     """Sentences about sets that could not be read (policy `skip`): they have no metrics."""
 
 
-def evaluate(engine: Engine, config: Config, tokenizer: TextTokenizer) -> Evaluation:
+def evaluate(
+    engine: Engine, config: Config, tokenizer: TextTokenizer, wants_stop: WantsStop = lambda: False
+) -> Evaluation:
     """Evaluate the current weights on every held-out set. A collective.
 
     A set is measured whole or not at all: with `data.on_bad_shard=skip`, one that any rank cannot read is left
@@ -64,16 +76,16 @@ def evaluate(engine: Engine, config: Config, tokenizer: TextTokenizer) -> Evalua
 
     Raises:
         DataError: on every rank, if a set cannot be read by any and the policy is `error`.
+        EvaluationInterruptedError: on every rank, if any is asked to stop; asked between batches.
     """
-    random_state = torch.get_rng_state()
     found = Evaluation({}, {}, {}, [])
-    with engine.weights(config.evaluate.weights):
+    with _untouched_random_state(), engine.weights(config.evaluate.weights):
         for corpus in config.data.corpora():
             if corpus.eval is None:
                 continue
             name = set_name(config.data, corpus)
             try:
-                of_set = _evaluate_set(engine, config, corpus, tokenizer)
+                of_set = _evaluate_set(engine, config, corpus, tokenizer, wants_stop)
             except DataError as error:
                 if config.data.on_bad_shard == "error":
                     raise
@@ -84,9 +96,17 @@ def evaluate(engine: Engine, config: Config, tokenizer: TextTokenizer) -> Evalua
             found.signatures.update({f"eval/{name}/{key}_signature": text for key, text in signatures})
             if of_set.samples:
                 found.samples[name] = of_set.samples
-    # Evaluating more or less often must not change what training draws.
-    torch.set_rng_state(random_state)
     return found
+
+
+@contextlib.contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """Evaluating more or less often must not change what training draws."""
+    random_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
 
 
 def measured(config: Config) -> list[str]:
@@ -106,12 +126,14 @@ class _OfSet:
     samples: list[Sample] = field(default_factory=list)
 
 
-def _evaluate_set(engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer) -> _OfSet:
+def _evaluate_set(
+    engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer, wants_stop: WantsStop
+) -> _OfSet:
     evaluate, metrics = config.evaluate, _text_metrics(config, corpus)
-    found = _OfSet(_loss(engine, config, corpus))
+    found = _OfSet(_loss(engine, config, corpus, wants_stop))
     n_scored = evaluate.sentences if metrics else 0
     if n_sentences := max(evaluate.samples, n_scored):
-        samples = _decode(engine, config, corpus, tokenizer, n_sentences)
+        samples = _decode(engine, config, corpus, tokenizer, n_sentences, wants_stop)
         found.samples = samples[: evaluate.samples]
         if scored := samples[:n_scored]:
             outputs, references = [s.output for s in scored], [s.references for s in scored]
@@ -144,7 +166,7 @@ def set_name(data: DataConfig, corpus: CorpusConfig) -> str:
     return metric_name(corpus.name if data.mixture else Path(corpus.eval).resolve().name)
 
 
-def _loss(engine: Engine, config: Config, corpus: CorpusConfig) -> dict[str, float]:
+def _loss(engine: Engine, config: Config, corpus: CorpusConfig, wants_stop: WantsStop) -> dict[str, float]:
     mesh, limit = engine.mesh, config.evaluate.batches
     sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
     batches = eval_batches(
@@ -157,7 +179,7 @@ def _loss(engine: Engine, config: Config, corpus: CorpusConfig) -> dict[str, flo
         max_rows=None if limit is None else limit * config.train.global_batch_size,
     )
     wanted = _token_metrics(config)
-    for batch in _in_step(batches, mesh):
+    for batch in _in_step(batches, mesh, wants_stop):
         loss = engine.evaluate_batch(batch)
         sums[:3] += torch.stack([loss.cross_entropy, loss.n_correct, loss.n_tokens]).double()
         if "sequence_accuracy" in wanted:
@@ -193,11 +215,12 @@ def count_sequences(loss: TokenLoss, segment_ids_BT: Tensor) -> Tensor:
     return torch.stack([(is_token & ~is_wrong).sum(), is_token.sum()]).double()
 
 
-def _in_step(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
+def _in_step(batches: Iterator[Batch], mesh: Mesh, wants_stop: WantsStop) -> Iterator[Batch]:
     """The batches, as long as every rank has one.
 
     Raises:
         DataError: on every rank, if reading failed on any, or if their held-out sets differ in length.
+        EvaluationInterruptedError: on every rank, if any is asked to stop.
     """
     while True:
         batch, error = None, None
@@ -205,10 +228,13 @@ def _in_step(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
             batch = next(batches, None)
         except DataError as problem:
             error = problem
-        flags = torch.tensor([error is not None, batch is None], dtype=torch.int64, device=mesh.device)
-        n_failed, n_without = sum_over_ranks(flags, mesh).tolist()
+        own = [error is not None, wants_stop(), batch is None]
+        flags = torch.tensor(own, dtype=torch.int64, device=mesh.device)
+        n_failed, n_stop, n_without = sum_over_ranks(flags, mesh).tolist()
         if n_failed:
             raise_together(error, mesh)
+        if n_stop:
+            raise EvaluationInterruptedError
         if 0 < n_without < mesh.world_size:
             raise DataError("ranks see held-out sets of different lengths: give all nodes the same shards")
         if batch is None:
@@ -217,7 +243,12 @@ def _in_step(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Batch]:
 
 
 def _decode(
-    engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer, n_sentences: int
+    engine: Engine,
+    config: Config,
+    corpus: CorpusConfig,
+    tokenizer: TextTokenizer,
+    n_sentences: int,
+    wants_stop: WantsStop,
 ) -> list[Sample]:
     """Decode the first held-out samples, shared out over data-parallel ranks."""
     mesh, is_pairs = engine.mesh, corpus.objective == "pairs"
@@ -233,7 +264,13 @@ def _decode(
         error = problem
     raise_together(error, mesh)
     mine = [example.source_ids for example in examples[mesh.dp_rank :: mesh.dp_size]]
-    with engine.whole_model() as model:
+
+    def leave_if_asked(*_: int) -> None:
+        if wants_stop():
+            raise EvaluationInterruptedError
+
+    found: list[list[Hypothesis]] | None = None
+    with engine.whole_model() as model, contextlib.suppress(EvaluationInterruptedError):
         found = search_sources(
             model,
             mine,
@@ -243,12 +280,19 @@ def _decode(
             max_target_len=config.data.max_target_len,
             # Samples are functions of these, whatever the number of ranks.
             lines=range(mesh.dp_rank, len(examples), mesh.dp_size),
+            on_progress=leave_if_asked,
         )
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, keep_sentinels=not is_pairs)
 
-    gathered = gather_objects([decode(hypotheses[0].tokens) for hypotheses in found], mesh)
+    # Ranks decode without each other, so that one may have left where others went on.
+    mine_decoded = None if found is None else [decode(hypotheses[0].tokens) for hypotheses in found]
+    gathered: list[list[str]] = []
+    for of_rank in gather_objects(mine_decoded, mesh):
+        if of_rank is None:
+            raise EvaluationInterruptedError
+        gathered.append(of_rank)
     outputs = [gathered[(i % mesh.dp_size) * mesh.tp_size][i // mesh.dp_size] for i in range(len(examples))]
     return [
         Sample(

@@ -53,6 +53,8 @@ class Guard:
         self.run_dir, self.step, self.clock = Path(config.run.dir), step, clock
         self.early_stopped: str | None = None
         """Why the run is done before its last step; the loop says so."""
+        self.is_stopped = False
+        """The loop has ended with something left to do."""
         self._switches_seen = 0.0
         self._stop_switch = False
 
@@ -159,7 +161,7 @@ class Guard:
         if error is not None:
             first = str(error).splitlines()
             return "crash", f"{type(error).__name__}: {first[0] if first else ''}"
-        if self.step >= self.config.train.steps:
+        if self.step >= self.config.train.steps and not self.is_stopped:
             return "done", ""
         if self.early_stopped is not None:
             return "early_stopped", self.early_stopped

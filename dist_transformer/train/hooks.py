@@ -16,7 +16,13 @@ from dist_transformer.model.flops import Work
 from dist_transformer.parallel.collectives import gather_objects
 from dist_transformer.tracking import Console, MetricsLog
 from dist_transformer.tracking.metrics import Value
-from dist_transformer.train.evaluate import Evaluation, Sample, evaluate
+from dist_transformer.train.evaluate import (
+    Evaluation,
+    EvaluationInterruptedError,
+    Sample,
+    WantsStop,
+    evaluate,
+)
 from dist_transformer.train.selection import Selection
 
 
@@ -47,6 +53,8 @@ class StepReport:
     step: int
     is_last: bool
     """The run's last step, or the last one before it is stopped."""
+    is_stopped: bool
+    """Something is left to do that the next start does: steps, or an evaluation."""
     save: bool
     """A checkpoint is due."""
     totals: StepTotals
@@ -93,18 +101,23 @@ class EvaluateHook:
     state: TrainerState
     outlets: Outlets
     selection: Selection
+    wants_stop: WantsStop
     account = "evaluation"
 
     def after_step(self, report: StepReport) -> None:
         """Evaluate when it is time; the best weights so far are saved, and those that the run is done with.
 
-        A run that is told to stop saves first: its time may be up before an evaluation ends. The next start evaluates.
+        A run that is told to stop, be it in the middle of an evaluation, saves first: its time may be up before the
+        evaluation ends. The next start evaluates.
         """
-        is_stopped = report.is_last and report.step < self.config.train.steps
-        if is_stopped or not self._is_due(report.step):
+        if report.is_stopped or not self._is_due(report.step):
             return
-        if self._evaluate(report.step):
-            report.save = True
+        try:
+            is_best = self._evaluate(report.step)
+        except EvaluationInterruptedError:
+            report.save = report.is_last = report.is_stopped = True
+            return
+        report.save |= is_best
         if self.selection.why_done is not None:
             report.save = report.is_last = True
 
@@ -113,10 +126,14 @@ class EvaluateHook:
         """Whether the checkpoint that the run goes on from was saved by a stop in place of an evaluation."""
         step, evaluated = self.state.step, self.state.evaluated_step
         is_left_out = evaluated is not None and evaluated < step  # an older checkpoint does not say
-        return 0 < step < self.config.train.steps and self._is_due(step) and is_left_out
+        return step > 0 and self._is_due(step) and is_left_out
 
     def catch_up(self) -> None:
-        """Evaluate what the run goes on from. A collective."""
+        """Evaluate what the run goes on from. A collective.
+
+        Raises:
+            EvaluationInterruptedError: on every rank, if the run is to stop again.
+        """
         self._evaluate(self.state.step)
 
     def _is_due(self, step: int) -> bool:
@@ -134,7 +151,7 @@ class EvaluateHook:
         if self.outlets.console is not None:
             self.outlets.console.pause()
         start = time.perf_counter()
-        found = evaluate(self.engine, self.config, self.tokenizer)
+        found = evaluate(self.engine, self.config, self.tokenizer, self.wants_stop)
         values = {**found.metrics, "trainer/tokens_seen": self.state.tokens_seen}
         if self.outlets.log is not None and self.outlets.console is not None:
             seconds = time.perf_counter() - start
@@ -191,19 +208,30 @@ class CheckpointHook:
         for outcome in self.saver.poll():
             self._record(report.step, outcome)
             self._refuse_to_go_on(outcome, must_hold=self.config.checkpoint.on_failed_save == "end")
-        if not report.save:
-            return
+        if report.save:
+            self.save(report.step, is_last=report.is_last)
+
+    def save(self, step: int, *, is_last: bool) -> None:
+        """Save now. A collective.
+
+        Args:
+            step: Updates done.
+            is_last: Nothing follows: wait for it.
+
+        Raises:
+            CheckpointError: as `after_step`.
+        """
         if self.outlets.console is not None:
             self.outlets.console.pause()
         self.state.data = self.position()
         ended = self.saver.begin(self.state)
-        if report.is_last or not self.config.checkpoint.asynchronous:
+        if is_last or not self.config.checkpoint.asynchronous:
             ended += self.saver.finish()
         for outcome in ended:
-            self._record(report.step, outcome)
-            is_last = report.is_last and outcome is ended[-1]
+            self._record(step, outcome)
+            must_hold = is_last and outcome is ended[-1]
             self._refuse_to_go_on(
-                outcome, must_hold=is_last or self.config.checkpoint.on_failed_save == "end"
+                outcome, must_hold=must_hold or self.config.checkpoint.on_failed_save == "end"
             )
 
     @staticmethod

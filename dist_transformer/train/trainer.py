@@ -26,6 +26,7 @@ from dist_transformer.tracking.accounts import TimeAccounts
 from dist_transformer.tracking.startup import StartClock
 from dist_transformer.train.agreement import agree
 from dist_transformer.train.collective_clock import time_collectives
+from dist_transformer.train.evaluate import EvaluationInterruptedError
 from dist_transformer.train.faults import BadSteps, StopSignals
 from dist_transformer.train.guard import Guard
 from dist_transformer.train.hooks import (
@@ -111,7 +112,15 @@ class Trainer:
         self.bad_steps = BadSteps(config.train.max_bad_steps, self.state.n_bad_steps)
         self.selection = Selection(config, self.state)
         self.evaluation = (
-            EvaluateHook(config, self.engine, tokenizer, self.state, outlets, self.selection)
+            EvaluateHook(
+                config,
+                self.engine,
+                tokenizer,
+                self.state,
+                outlets,
+                self.selection,
+                wants_stop=lambda: guard.stop_requested,
+            )
             if any(corpus.eval for corpus in config.data.corpora())
             else None
         )
@@ -139,12 +148,12 @@ class Trainer:
                 raise
 
     def _run(self) -> None:
-        if self.evaluation and self.config.evaluate.at_start and self.state.step == 0:
-            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", 0):
-                self.evaluation.run(0)
-        if self.evaluation and self.evaluation.is_missing:
-            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", self.state.step):
-                self.evaluation.catch_up()
+        try:
+            self._evaluate_first()
+        except EvaluationInterruptedError:
+            if self.state.step:  # else the first step finds the wish, and saves
+                self._stop()
+                return
         batches = self._global_batches()
         while self.state.step < self.config.train.steps and self.selection.why_done is None:
             with self.profiling.step(self.state.step + 1):
@@ -153,17 +162,37 @@ class Trainer:
                 with self.accounts.spend(hook.account), self.guard.side_work(hook.account, report.step):
                     hook.after_step(report)
             self.bad_steps.check(report.step)
-            if report.is_last and report.step < self.config.train.steps and self.selection.why_done is None:
-                self.guard.learn_why()
-                self.outlets.message(
-                    f"stopped by {self.guard.why_stopped()} after step {report.step:,}: saved; the same command goes on"
-                )
+            if report.is_stopped:
+                self._stop()
                 return
         if self.state.step < self.config.train.steps and (why := self.selection.why_done) is not None:
             self.guard.early_stopped = f"stopped early after step {self.state.step:,}: {why}"
             self.outlets.message(f"done: {self.guard.early_stopped}")
             return
         self.outlets.message(f"done: {self.config.train.steps:,} steps in {self.config.run.dir}")
+
+    def _evaluate_first(self) -> None:
+        """The weights that the run starts from, where that is asked for, or was left out when it was stopped."""
+        step, evaluation = self.state.step, self.evaluation
+        if evaluation is None:
+            return
+        if step == 0 and self.config.evaluate.at_start:
+            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", 0):
+                evaluation.run(0)
+        elif evaluation.is_missing:
+            with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", step):
+                evaluation.catch_up()
+            if step == self.config.train.steps:  # no later checkpoint tells of it
+                with self.accounts.spend("checkpoint"), self.guard.side_work("checkpoint", step):
+                    self.saving.save(step, is_last=True)
+
+    def _stop(self) -> None:
+        """All is saved, and something is left to do."""
+        self.guard.learn_why()
+        self.guard.is_stopped = True
+        self.outlets.message(
+            f"stopped by {self.guard.why_stopped()} after step {self.state.step:,}: saved; the same command goes on"
+        )
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
         step, start = self.state.step + 1, time.perf_counter()
@@ -191,8 +220,10 @@ class Trainer:
         self.state.n_bad_samples += totals.n_bad
         self.state.n_bad_steps = self.bad_steps.total
         is_last = stop or step == self.config.train.steps
+        is_stopped = stop and step < self.config.train.steps
         save = save or is_last or step % self.config.checkpoint.every == 0
-        return StepReport(step, is_last, save, totals, result, time.perf_counter() - start, data_time_s)
+        seconds = time.perf_counter() - start
+        return StepReport(step, is_last, is_stopped, save, totals, result, seconds, data_time_s)
 
     def _position(self) -> dict[str, Any]:
         return merge_states(gather_objects(self.stream.state(), self.mesh))

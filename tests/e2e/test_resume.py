@@ -13,6 +13,7 @@ import torch
 from dist_transformer.checkpoints.folder import latest_checkpoint
 from dist_transformer.checkpoints.reader import load_weights
 from dist_transformer.tracking import read_metrics
+from dist_transformer.tracking.exits import read_exits
 from tests.e2e.conftest import ROOT, command, environment, launch, steps_of
 
 WriteConfig = Callable[..., Path]
@@ -104,6 +105,45 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     # The stop did not wait for an evaluation; the next start made up for it.
     evaluated = [row["step"] for row in read_metrics(run_dir) if row["event"] == "eval"]
     assert evaluated == list(range(1, stopped_at + 6))
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    """In the middle of the run and after its last step: saved at once; the next start evaluates."""
+    config = write_config(
+        pair_shards,
+        train={"steps": 6},
+        checkpoint={"every": 100, "best_metric": "eval/shards/loss"},
+        evaluate={"every": 3, "batches": 2, "metrics": ["bleu"], "sentences": 40, "samples": 2},
+        generate={"beam_size": 4, "max_len": 40, "batch_tokens": 1},  # a sentence at a time: a few seconds
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = launch(config, "--nproc", 2, f"run.dir={whole}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def evaluations(run_dir: Path) -> dict[int, object]:
+        rows = [row for row in read_metrics(run_dir) if row["event"] == "eval"]
+        assert len({row["step"] for row in rows}) == len(rows)
+        return {row["step"]: (row["eval/shards/loss"], row["eval/shards/bleu"]) for row in rows}
+
+    for at, known in ((3, []), (6, [3])):
+        process = start(config, "--nproc", 2, f"run.dir={broken}")
+        wait_for(lambda at=at: last_step(broken) == at)  # type: ignore[misc]
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=100) == 0
+        latest = latest_checkpoint(broken)
+        assert latest is not None and latest.name == f"step-{at:08d}"
+        assert sorted(evaluations(broken)) == known
+        assert read_exits(broken)[-1].reason == "signal"
+    for _ in range(2):
+        done = launch(config, "--nproc", 2, f"run.dir={broken}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert read_exits(broken)[-1].reason == "done"
+    assert evaluations(broken) == evaluations(whole) and sorted(evaluations(whole)) == [3, 6]
+    assert losses(broken) == losses(whole)
+    bests = [(run / "checkpoints" / "best").read_text() for run in (whole, broken)]
+    assert bests[0] == bests[1]
 
 
 def test_one_process_is_enough(pair_shards: Path, write_config: WriteConfig, tmp_path: Path) -> None:
