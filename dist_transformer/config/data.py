@@ -106,6 +106,8 @@ class DataConfig(Section):
     subword_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which a training token falls apart into the two tokens that BPE merged it from, and those again
     (Provilkov et al. 2020; Sims et al. 2025), for corpora of little text: 0.1 is usual. Held-out text stays whole."""
+    subword_dropout_target: float | None = Field(default=None, ge=0, lt=1)
+    """The same for the targets of pairs; null: as `subword_dropout`. 0 lets a model write words in one spelling."""
     too_long: TooLong = "truncate"
     """What happens to a pair that is longer than a row; counted in any case. Plain text is always split."""
     packing: bool = True
@@ -189,6 +191,9 @@ class DataConfig(Section):
                     f"is less than the {longest} tokens that one sample may need: set it to {longest} or more"
                 )
                 problems.append(unfit("bucket_tokens", self.bucket_tokens, said))
+        if self.subword_dropout_target is not None and all(c.objective != "pairs" for c in self.corpora()):
+            said = "has no effect without objective=pairs: leave it out"
+            problems.append(unfit("subword_dropout_target", self.subword_dropout_target, said))
         if not self.denoisers:
             problems.append(unfit("denoisers", [], "give at least one"))
         for i, denoiser in enumerate(self.denoisers):

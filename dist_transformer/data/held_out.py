@@ -103,7 +103,8 @@ def held_out_texts(data: DataConfig, corpus: CorpusConfig, limit: int | None = N
 
 
 def _strict(data: DataConfig) -> DataConfig:
-    return data.model_copy(update={"on_bad_shard": "error", "subword_dropout": 0.0})
+    whole = {"subword_dropout": 0.0, "subword_dropout_target": None}
+    return data.model_copy(update={"on_bad_shard": "error", **whole})
 
 
 def _all_rows(data: DataConfig, corpus: CorpusConfig, seed: int) -> Iterator[Rows]:

@@ -26,24 +26,37 @@ class SubwordDropout:
 
     probability: float
     parents: Parents
+    target_probability: float | None = None
+    """Of a pair's targets, if another."""
 
     def __call__(self, window: Window) -> Window:
         """The window with some of its tokens split: as many samples, longer ones."""
         fields: Fields = tuple(
-            self._split(flat, lengths, hash_array(hash_key(window.key, _SALT, number), window.indices))
-            for number, (flat, lengths) in enumerate(window.fields)
+            self._split(flat, lengths, hash_array(hash_key(window.key, _SALT, number), window.indices), p)
+            for number, ((flat, lengths), p) in enumerate(
+                zip(window.fields, self._probabilities, strict=False)
+            )
         )
         return Window(fields, window.indices, window.key, window.location)
 
-    def _split(self, flat: Tokens, lengths: Int64, keys: NDArray[np.uint64]) -> tuple[Tokens, Int64]:
+    @property
+    def _probabilities(self) -> tuple[float, float]:
+        """Of a sample's first field, and of a pair's second."""
+        target = self.target_probability
+        return self.probability, self.probability if target is None else target
+
+    def _split(
+        self, flat: Tokens, lengths: Int64, keys: NDArray[np.uint64], probability: float
+    ) -> tuple[Tokens, Int64]:
         """Split tokens, then those that came of it, until a round splits none.
 
         Args:
             flat: Tokens of N samples.
             lengths: [N]
             keys: [N] of each sample's random numbers.
+            probability: Of each token that was merged.
         """
-        threshold = np.uint64(self.probability * 2.0**64)
+        threshold = np.uint64(probability * 2.0**64)
         is_new = np.ones(len(flat), np.bool_)
         n_rounds = 0
         while True:

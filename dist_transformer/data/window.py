@@ -39,8 +39,8 @@ class WindowPlan:
                 merges.
         """
         objective = build_objective(data, corpus, tokenizer)
-        p = data.subword_dropout
-        dropout = SubwordDropout(p, tokenizer.parents()) if p else None
+        p, p_target = data.subword_dropout, data.subword_dropout_target
+        dropout = SubwordDropout(p, tokenizer.parents(), p_target) if p or p_target else None
         return cls(objective, seed, shuffle, data.packing, data.bucket_tokens, dropout)
 
     def build_rows(
@@ -83,13 +83,17 @@ class WindowPlan:
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows, as plain JSON: a resume must find the same values."""
-        dropout = self.subword_dropout
+        dropout, spelling = self.subword_dropout, {}
+        if dropout is not None:
+            spelling["subword_dropout"] = dropout.probability
+            if dropout.target_probability is not None:
+                spelling["subword_dropout_target"] = dropout.target_probability
         return {
             "seed": self.seed,
             "shuffle": self.shuffle,
             "packing": self.packing,
             "packer": PACKER if self.packing else None,
             "bucket_tokens": self.bucket_tokens,
-            **({} if dropout is None else {"subword_dropout": dropout.probability}),
+            **spelling,
             **self.objective.describe(),
         }

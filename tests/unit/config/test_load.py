@@ -225,6 +225,10 @@ PART = {"train": "a/books"}
             {"train": "x", "packing": False, "bucket_tokens": 511},
             "data.bucket_tokens=511: is less than the 512 tokens that one sample may need",
         ),
+        (
+            {"train": "x", "subword_dropout_target": 0.1},
+            "data.subword_dropout_target=0.1: has no effect without objective=pairs: leave it out",
+        ),
         ({"train": "x", "denoisers": []}, "data.denoisers=[]: give at least one"),
         (
             {"train": "x", "denoisers": [{"mode": "R", "density": 0.1}]},

@@ -29,6 +29,7 @@ def test_the_same_goes_on() -> None:
     [
         ({"subword_dropout": 0.3}, {}, "subword_dropout was 0.3 and is None"),
         ({}, {"subword_dropout": 0.3}, "subword_dropout was None and is 0.3"),
+        ({"subword_dropout_target": 0.0}, {}, "subword_dropout_target was 0.0 and is None"),
         ({"packing": True}, {"packing": False}, "packing was True and is False"),
     ],
 )

@@ -189,6 +189,15 @@ def test_subword_dropout_changes_the_spelling_and_nothing_else(tokenizer: TextTo
     )
     assert by_text(rows_of(noisy, half)).items() <= by_text(rows).items()
     assert noisy.describe()["subword_dropout"] == 0.2 and "subword_dropout" not in plain.describe()
+    # Of sources alone: they are spelt as before, and targets are whole.
+    sources_only = plan_of(tokenizer, subword_dropout=0.2, subword_dropout_target=0.0, **layout)
+    found = rows_of(sources_only, raw)
+    assert by_text(found) == whole
+    assert found.source_lengths.sum() == rows.source_lengths.sum() > rows_of(plain, raw).source_lengths.sum()
+    assert sources_only.describe()["subword_dropout_target"] == 0.0
+    targets_only = rows_of(plan_of(tokenizer, subword_dropout_target=0.2, **layout), raw)
+    assert by_text(targets_only) == by_text(rows)
+    assert targets_only.source_lengths.sum() == rows_of(plain, raw).source_lengths.sum()
 
 
 def test_how_many_tokens_subword_dropout_splits(tokenizer: TextTokenizer) -> None:
@@ -210,13 +219,14 @@ def test_held_out_text_is_never_split(tmp_path: Path) -> None:
     source, target = write_pairs(tmp_path)
     prepare_pairs([(source, target)], tmp_path / "shards", **OPTIONS)
     rows = []
-    for p in (0.0, 0.5):
+    for p, p_target in ((0.0, None), (0.5, None), (0.0, 0.5)):
         data = DataConfig(
             train=str(tmp_path / "shards"),
             eval=str(tmp_path / "shards"),
             objective="pairs",
             subword_dropout=p,
+            subword_dropout_target=p_target,
         )
         batches = eval_batches(data, data.corpora()[0], seed=1, dp_rank=0, dp_size=1, micro_batch_size=4)
         rows.append([batch.decoder_target_tokens.tolist() for batch in batches])
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
