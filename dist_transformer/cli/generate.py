@@ -40,6 +40,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run, or one of its checkpoints")
     add_weights(parser)
     parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        default=[],
+        metavar="RUN_DIR",
+        help="further runs with the same tokenizer: all decode together, by the mean of their probabilities",
+    )
+    parser.add_argument(
         "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
     )
     parser.add_argument(
@@ -122,7 +129,8 @@ def choice_of(options: argparse.Namespace) -> Any:
     """The weights that `add_weights`'s options name: a `train.trained_run.Choice`."""
     from dist_transformer.train.trained_run import Choice
 
-    return Choice(options.checkpoint, options.weights, options.average)
+    others = tuple(map(Path, getattr(options, "ensemble", [])))
+    return Choice(options.checkpoint, options.weights, options.average, others)
 
 
 def decoding_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_transformer.data.token_ids import EOS_ID, PAD_ID
-from dist_transformer.model import EncoderDecoder
+from dist_transformer.generate.ensemble import Scorer
 
 DEAD = float("-inf")
 _FREE = -1
@@ -35,7 +35,7 @@ class Rules:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        model: Scorer,
         n_sources: int,
         *,
         n_vocab: int,
@@ -46,7 +46,7 @@ class Rules:
     ) -> None:
         if n_vocab > model.vocab_size:
             raise ValueError(f"n_vocab={n_vocab} is larger than the model's vocab_size={model.vocab_size}")
-        device = model.output_weight.device
+        device = model.device
         limits = [max_len] * n_sources if isinstance(max_len, int) else list(max_len)
         self.n_vocab, self.min_len = n_vocab, min_len
         self._forbidden = torch.tensor([PAD_ID, *forbidden], device=device)

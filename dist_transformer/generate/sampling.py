@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dist_transformer.data.hashing import UInt64, hash_array, hash_key
 from dist_transformer.data.token_ids import PAD_ID
+from dist_transformer.generate.ensemble import Scorer
 from dist_transformer.generate.rules import DEAD, Rules, without_eos, worth_dropping
 from dist_transformer.generate.search import Hypothesis
-from dist_transformer.model import EncoderDecoder
 
 
 class Distribution(NamedTuple):
@@ -44,7 +44,7 @@ class Distribution(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    model: EncoderDecoder,
+    model: Scorer,
     source_BS: Tensor,
     rules: Rules,
     distribution: Distribution,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_transformer.data.token_ids import PAD_ID
+from dist_transformer.generate.ensemble import Scorer
 from dist_transformer.generate.rules import DEAD, Rules, without_eos, worth_dropping
-from dist_transformer.model import EncoderDecoder
 
 Stop = Literal["estimate", "exact", "first"]
 _CHUNK = 64
@@ -30,7 +30,7 @@ class Hypothesis(NamedTuple):
 
 @torch.no_grad()  # not inference_mode: the model's cached position tables are used by training too
 def beam_search(
-    model: EncoderDecoder,
+    model: Scorer,
     source_BS: Tensor,
     *,
     beam_size: int,
@@ -99,7 +99,7 @@ class _BeamSearch:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        model: Scorer,
         source_BS: Tensor,
         rules: Rules,
         beam_size: int,

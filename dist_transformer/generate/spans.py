@@ -8,8 +8,8 @@ from dist_transformer.config import GenerateConfig
 from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
+from dist_transformer.generate.ensemble import Scorer
 from dist_transformer.generate.text import OnProgress, check_n_best, longest_source, search_sources
-from dist_transformer.model import EncoderDecoder
 
 # The space before a gap belongs to the span, as in pretraining: a word's token carries the space before it.
 _GAP = re.compile(r"([ \t]?)(<extra_id_\d+>|<mask>|_{3,})")
@@ -34,7 +34,7 @@ class Filled:
 
 
 def fill_texts(
-    model: EncoderDecoder,
+    model: Scorer,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
     config: GenerateConfig,

@@ -10,10 +10,10 @@ from dist_transformer.config import GenerateConfig
 from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import ConfigError
+from dist_transformer.generate.ensemble import Scorer
 from dist_transformer.generate.rules import Rules
 from dist_transformer.generate.sampling import Distribution, sample
 from dist_transformer.generate.search import Hypothesis, beam_search
-from dist_transformer.model import EncoderDecoder
 
 OnProgress = Callable[[int, int], None]
 """Called after each batch with the number of texts done, and of all."""
@@ -40,7 +40,7 @@ class Generated:
 
 
 def generate_texts(
-    model: EncoderDecoder,
+    model: Scorer,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
     config: GenerateConfig,
@@ -104,7 +104,7 @@ def generate_texts(
 
 
 def continue_texts(
-    model: EncoderDecoder,
+    model: Scorer,
     tokenizer: TextTokenizer,
     texts: Sequence[str],
     config: GenerateConfig,
@@ -145,11 +145,9 @@ def continue_texts(
     ]
 
 
-def longest_source(model: EncoderDecoder, max_source_len: int) -> int:
+def longest_source(model: Scorer, max_source_len: int) -> int:
     """The most tokens of a source that the model reads, EOS counted."""
-    if model.config.positions == "learned":
-        return min(max_source_len, model.config.max_positions)
-    return max_source_len
+    return max_source_len if model.max_positions is None else min(max_source_len, model.max_positions)
 
 
 def check_n_best(config: GenerateConfig, n_best: int) -> None:
@@ -183,7 +181,7 @@ def _describe_cut(what: str, n_cut: Sequence[int], limit: str, first_line: int) 
 
 
 def output_limits(
-    model: EncoderDecoder,
+    model: Scorer,
     n_source_tokens: Sequence[int],
     config: GenerateConfig,
     max_source_len: int,
@@ -195,9 +193,9 @@ def output_limits(
         n_source_tokens: of each source, EOS not counted; what is beyond `max_source_len` does not count.
     """
     longest = config.max_len or max_target_len
-    if model.config.positions == "learned":
+    if model.max_positions is not None:
         # The table has no row for a position beyond.
-        longest = min(longest, model.config.max_positions)
+        longest = min(longest, model.max_positions)
     if config.max_ratio is None:
         return [longest] * len(n_source_tokens)
     seen = (min(n, max_source_len - 1) for n in n_source_tokens)
@@ -205,7 +203,7 @@ def output_limits(
 
 
 def search_sources(
-    model: EncoderDecoder,
+    model: Scorer,
     sources: Sequence[Sequence[int]],
     config: GenerateConfig,
     *,
@@ -236,7 +234,7 @@ def search_sources(
         for batch in batches_by_length([len(source) for source in ended], config.batch_tokens, most_rows):
             found = _decode_batch(
                 model,
-                _pad([ended[i] for i in batch], model.output_weight.device),
+                _pad([ended[i] for i in batch], model.device),
                 config,
                 n_vocab=n_vocab,
                 n_best=n_best,
@@ -255,7 +253,7 @@ def search_sources(
 
 
 def _decode_batch(
-    model: EncoderDecoder,
+    model: Scorer,
     source_BS: torch.Tensor,
     config: GenerateConfig,
     *,

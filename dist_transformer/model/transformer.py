@@ -60,6 +60,16 @@ class EncoderDecoder(nn.Module):
         """The output projection [V, D]."""
         return self.source_embedding.weight if self.output is None else self.output.weight
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest source or target that it takes: the rows of a learned table; None: any."""
+        return self.config.max_positions if self.config.positions == "learned" else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.output_weight.device
+
     def encode(self, tokens_BS: Tensor, segment_ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Source tokens to memory [B, S, D]."""
         x_BSD = self.source_embedding(tokens_BS)

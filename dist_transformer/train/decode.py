@@ -87,7 +87,7 @@ class LineDecoder:
 
         def attempt(batch_tokens: int) -> Sequence[Generated | Filled]:
             return self._write(
-                run.model,
+                run.scorer,
                 run.tokenizer,
                 [line.source for line in lines],
                 self._config.model_copy(update={"batch_tokens": batch_tokens}),

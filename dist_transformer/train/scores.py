@@ -1,20 +1,25 @@
 """The command `evaluate`: a run's model decodes a file, and its lines are scored against references."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from dist_transformer.config import Metric, TextMetric
 from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.errors import DataError
-from dist_transformer.parallel.cross_entropy import linear_cross_entropy
+from dist_transformer.generate.ensemble import Scorer
 from dist_transformer.scoring import Grouped, Score, group_by_source, score_texts
 from dist_transformer.train.decode import decode_lines, read_lines, set_threads
 from dist_transformer.train.trained_run import Choice, TrainedRun
+
+_MOST_SCORES = 1 << 26
+"""Scores over the vocabulary at the same time (256 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def evaluate_files(
     Returns:
         Every metric in percent, rounded to 2 digits; `loss`; `sentences` (sources that were decoded) and
         `references`; `signatures` by metric, and BLEU's as `signature`; `checkpoint`, its `weights` (`current` or
-        `ema`) and the names of those whose mean it is (`averaged`).
+        `ema`), the names of those whose mean it is (`averaged`), and what decodes together with it (`ensemble`).
 
     Raises:
         DataError: if the files are not of one length, or empty, or the output cannot be written.
@@ -90,6 +95,7 @@ def table(result: Mapping[str, Any]) -> str:
     n_sentences, n_references = result["sentences"], result["references"]
     which = result["checkpoint"] + (", moving average" if result["weights"] == "ema" else "")
     which += f", mean of {', '.join(result['averaged'])}" if result["averaged"] else ""
+    which += f", together with {', '.join(result['ensemble'])}" if result["ensemble"] else ""
     return "\n".join([*lines, f"{n_sentences:,} sentences, {n_references:,} references, {which}"])
 
 
@@ -157,6 +163,7 @@ def _result(
         "checkpoint": run.checkpoint.name,
         "weights": run.weights,
         "averaged": run.averaged,
+        "ensemble": run.ensemble,
     }
 
 
@@ -165,40 +172,18 @@ def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[
     their tokens that have the largest probability after those before them, and of references that have only such, in
     percent (`token_accuracy`, `sequence_accuracy`).
     """
-    data, device = run.config.data, run.device
-    encoded = sorted(
-        (
-            (
-                run.tokenizer.encode(source)[: data.max_source_len - 1],
-                run.tokenizer.encode(reference)[: data.max_target_len - 1],
-            )
-            for source, reference in pairs
-        ),
-        key=lambda pair: len(pair[0]) + len(pair[1]),
-    )
+    encoded = _encoded(run, pairs)
     total, n_tokens, n_correct, n_right = 0.0, 0, 0, 0
     with torch.inference_mode():
-        for start in range(0, len(encoded), 64):
-            group = encoded[start : start + 64]
-            source_BS = _padded([s + [EOS_ID] for s, _ in group], device)
-            target_BT = _padded([t + [EOS_ID] for _, t in group], device)
-            input_BT = torch.cat([torch.full_like(target_BT[:, :1], PAD_ID), target_BT[:, :-1]], dim=1)
-            hidden = run.model(
-                source_BS,
-                (source_BS != PAD_ID).int(),
-                torch.arange(source_BS.shape[1], device=device).expand_as(source_BS),
-                input_BT,
-                torch.ones_like(target_BT),
-                torch.arange(target_BT.shape[1], device=device).expand_as(target_BT),
-            )
-            loss = linear_cross_entropy(
-                hidden.flatten(0, 1), run.model.output_weight, target_BT.flatten(), ignore_id=PAD_ID
-            )
-            total += float(loss.cross_entropy)
-            n_tokens += int(loss.n_tokens)
-            n_correct += int(loss.n_correct)
-            is_right_BT = loss.is_correct.view_as(target_BT) | (target_BT == PAD_ID)
-            n_right += int(is_right_BT.all(dim=1).sum())
+        for group in _groups(encoded, _MOST_SCORES // run.scorer.vocab_size):
+            source_BS = _padded([source for source, _ in group], run.device)
+            target_BT = _padded([target for _, target in group], run.device)
+            log_p_BT, is_largest_BT = _of_targets(run.scorer, source_BS, target_BT)
+            counts_BT = target_BT != PAD_ID
+            total -= float((log_p_BT.double() * counts_BT).sum())
+            n_tokens += int(counts_BT.sum())
+            n_correct += int((is_largest_BT & counts_BT).sum())
+            n_right += int((is_largest_BT | ~counts_BT).all(dim=1).sum())
     return {
         "loss": round(total / max(1, n_tokens), 4),
         "token_accuracy": round(100 * n_correct / max(1, n_tokens), 2),
@@ -206,6 +191,47 @@ def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[
     }
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def _encoded(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Ids of both sides with EOS, short ones first; what is beyond the run's rows is left out, and that is said."""
+    limits = run.config.data.max_source_len, run.config.data.max_target_len
+    whole = [(run.tokenizer.encode(source), run.tokenizer.encode(reference)) for source, reference in pairs]
+    if n_cut := sum(len(reference) >= limits[1] for _, reference in whole):
+        print(
+            f"dist-transformer: {n_cut:,} of {len(pairs):,} references are longer than data.max_target_len={limits[1]} "
+            "tokens: loss and accuracies count what fits; scores of texts count all",
+            file=sys.stderr,
+        )
+    cut = [
+        ([*source[: limits[0] - 1], EOS_ID], [*reference[: limits[1] - 1], EOS_ID])
+        for source, reference in whole
+    ]
+    return sorted(cut, key=lambda pair: len(pair[0]) + len(pair[1]))
+
+
+def _groups(
+    pairs: Sequence[tuple[list[int], list[int]]], most_targets: int
+) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Neighbours, as many as have so many target positions, padding counted; at least one."""
+    group: list[tuple[list[int], list[int]]] = []
+    for pair in pairs:
+        width = max(len(target) for _, target in [*group, pair])
+        if group and (len(group) + 1) * width > most_targets:
+            yield group
+            group = []
+        group.append(pair)
+    if group:
+        yield group
+
+
+def _of_targets(scorer: Scorer, source_BS: Tensor, target_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability after those before it, and whether it is the largest: [B, T]."""
+    input_BT = torch.cat([torch.full_like(target_BT[:, :1], PAD_ID), target_BT[:, :-1]], dim=1)
+    scores_BTV = scorer.step(input_BT, scorer.start(source_BS))
+    log_p_BTV = scores_BTV.log_softmax(dim=-1, dtype=torch.float32)
+    log_p_BT = log_p_BTV.gather(2, target_BT[:, :, None]).squeeze(2)
+    return log_p_BT, log_p_BT == log_p_BTV.amax(dim=-1)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[PAD_ID] * (width - len(row))] for row in rows], device=device)

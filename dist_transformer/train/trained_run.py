@@ -1,6 +1,7 @@
 """A run's weights as a model on one process, whatever layout wrote them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from dist_transformer.checkpoints.reader import CheckpointReader, load_weights
 from dist_transformer.config import Config, Weights, load_config
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import CheckpointError
+from dist_transformer.generate.ensemble import Ensemble, Scorer
 from dist_transformer.model import EncoderDecoder, build_model
 
 
@@ -25,6 +27,8 @@ class Choice:
     """The trained ones or their moving average; None: what the run evaluates with, where the checkpoint has it."""
     average: int | None = None
     """The mean over so many of the newest checkpoints."""
+    ensemble: tuple[Path, ...] = ()
+    """Further runs, of which the same is meant, that decode together with it."""
 
 
 class TrainedRun:
@@ -65,6 +69,23 @@ class TrainedRun:
         except RuntimeError as error:
             raise CheckpointError(f"{self.checkpoint} does not fit {home / 'config.yaml'}: {error}") from None
         self.model.eval()
+        others = [TrainedRun(other, replace(choice, ensemble=())) for other in choice.ensemble]
+        self.scorer: Scorer = self._together_with(others) if others else self.model
+        """What decodes: the model, or the ensemble."""
+        self.ensemble = [str(other.checkpoint) for other in others]
+        """The checkpoints of further models that decode with it."""
+
+    def _together_with(self, others: Sequence["TrainedRun"]) -> Ensemble:
+        for other in others:
+            if other.tokenizer.sha256 != self.tokenizer.sha256:
+                raise CheckpointError(
+                    f"{other.checkpoint} has another tokenizer than {self.checkpoint}: only models of one "
+                    "vocabulary decode together"
+                )
+        try:
+            return Ensemble([self.model, *(other.model for other in others)])
+        except ValueError as error:
+            raise CheckpointError(f"--ensemble: {error}") from None
 
     def _read(self, path: Path, choice: Choice) -> dict[str, Tensor]:
         check_files(self.checkpoint)
@@ -82,4 +103,5 @@ class TrainedRun:
     def describe_weights(self) -> str:
         """What was read of the checkpoint, where it is more than its trained weights: for the end of a sentence."""
         moving = ", moving average" if self.weights == "ema" else ""
-        return moving + (f", mean of {', '.join(self.averaged)}" if self.averaged else "")
+        mean = f", mean of {', '.join(self.averaged)}" if self.averaged else ""
+        return moving + mean + (f", together with {', '.join(self.ensemble)}" if self.ensemble else "")

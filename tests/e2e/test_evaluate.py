@@ -1,6 +1,7 @@
 """A run that is scored while it trains, keeps its best checkpoint, averages, stops early; and what is done with it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,44 @@ def test_averaging_while_reading_and_beforehand_is_the_same(
     generated = tmp_path / "generated"
     assert main(["generate", str(out), "--input", str(several[0]), "--output", str(generated)]) == 0
     assert len(generated.read_text().splitlines()) == 3 * N_SOURCES
+
+
+def test_an_ensemble(
+    run_dir: Path, several: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's two checkpoints decode together; with itself, a model is itself; other tokenizers are refused."""
+    files = ["--source", str(several[0]), "--reference", str(several[1])]
+    found: dict[str, dict[str, object]] = {}
+    best = run_dir / "checkpoints" / "step-00000005"
+    for name, ensemble in (("alone", []), ("itself", [run_dir]), ("both", [best])):
+        options = ["--ensemble", *map(str, ensemble)] if ensemble else []
+        assert main(["evaluate", str(run_dir), *files, *options]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert found[name]["ensemble"] == [
+            str(run_dir / "checkpoints" / "step-00000020") if path == run_dir else str(path)
+            for path in ensemble
+        ]
+    assert found["itself"] | {"ensemble": []} == found["alone"]
+    assert found["both"]["loss"] != found["alone"]["loss"]
+    out = tmp_path / "decoded"
+    command_line = [
+        "generate",
+        str(run_dir),
+        "--ensemble",
+        str(best),
+        "--nproc",
+        "2",
+        "--input",
+        str(several[0]),
+    ]
+    assert main([*command_line, "--output", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == 3 * N_SOURCES
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other, ignore=shutil.ignore_patterns("logs", "wandb"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7))
+    assert main(["evaluate", str(run_dir), *files, "--ensemble", str(other)]) == 1
+    assert "only models of one vocabulary decode together" in capsys.readouterr().err
 
 
 def test_the_same_command_is_done_at_once(run_dir: Path) -> None:
