@@ -120,7 +120,10 @@ def our_config(setting: Setting, folder: Path) -> Path:
             "d_ff": shape.d_ff,
             "n_encoder_layers": shape.n_layers,
             "n_decoder_layers": shape.n_layers,
+            # As Marian, and as the paper: none of attention's weights, none inside the feed-forward network.
             "dropout": DROPOUT,
+            "attention_dropout": 0.0,
+            "ffn_dropout": 0.0,
         },
         "data": {
             "train": str(setting.shards.resolve()),
