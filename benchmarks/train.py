@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROW_LEN = 64
 """Our rows' source side; the target side is as much longer as the corpus's targets are. The longest sample fits."""
 MICRO_STEPS = 2
-"""Of one process, for half of the activations. Several ranks have one: ZeRO 2 sums gradients after each."""
+"""Of one process, for half of the activations. Several ranks have half of the rows each, and one."""
 MEMORY_EVERY_S = 3.0
 """The kernel walks through all pages of a process to count them: 60 ms for each GiB."""
 CONTESTANTS = ("ours", *PEERS, "trainer")
@@ -138,7 +138,9 @@ def our_config(setting: Setting, folder: Path) -> Path:
             "precision": "fp32",
         },
         "optimizer": {"name": "adamw", "lr": LEARNING_RATE, "schedule": "constant", "warmup_steps": 0},
-        "parallel": {"zero_stage": 0 if setting.ranks == 1 else 2},  # one rank has nobody to share with
+        "parallel": {
+            "zero_stage": 0
+        },  # data parallelism, as the peers'; benchmarks/overhead.py has the other stages
         "checkpoint": {"every": 10**6},
         "tracking": {"every": setting.warm_up, "wandb": {"mode": "disabled"}},
     }
