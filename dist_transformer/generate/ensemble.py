@@ -54,6 +54,8 @@ class Ensemble(nn.Module):
         if len(sizes) != 1:
             raise ValueError(f"models of one vocabulary can decode together, not of {sorted(sizes)} tokens")
         self.models, self.vocab_size = nn.ModuleList(models), sizes.pop()
+        # A new module is in training mode; a search restores the mode that it finds, in all of its parts.
+        self.training = any(model.training for model in models)
 
     @property
     def max_positions(self) -> int | None:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from dist_transformer.config import GenerateConfig
 from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.generate.ensemble import Ensemble
 from dist_transformer.generate.search import beam_search
+from dist_transformer.generate.text import search_sources
 from tests.unit.generate.test_search import log_p_of_next, pad, sources
 from tests.unit.generate.trained import trained_model
 from tests.unit.model.small import VOCAB, small_model
@@ -38,6 +40,13 @@ def test_of_one_model_twice_it_is_that_model() -> None:
     for found, expected in zip(twice, once, strict=True):
         assert [h.tokens for h in found] == [h.tokens for h in expected]
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], rel=1e-5)
+
+
+def test_a_search_leaves_the_models_without_dropout() -> None:
+    models = [small_model("vaswani2017_base", torch.float32, dropout=0.5).eval() for _ in "12"]
+    config = GenerateConfig(beam_size=2, max_len=4)
+    search_sources(Ensemble(models), [[2, 3]], config, n_vocab=VOCAB, max_source_len=8, max_target_len=8)
+    assert not any(module.training for model in models for module in model.modules())
 
 
 def test_one_vocabulary_and_the_shortest_table() -> None:
