@@ -20,6 +20,9 @@ from dist_transformer.checkpoints.folder import (
     list_checkpoints,
 )
 
+_OLD = f".old{PARTIAL}"
+"""Ends the name of a folder that is to be removed."""
+
 
 def partial_folder(root: Path, step: int) -> Path:
     """Where a checkpoint is written before it is complete."""
@@ -30,6 +33,19 @@ def remove_left_overs(root: Path) -> None:
     """What interrupted saves have left."""
     for stale in root.glob(f"step-*{PARTIAL}"):  # an average may be under way
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def bring_back(root: Path) -> None:
+    """Undo half of a replacement: where `latest` names a checkpoint that a crash has left set aside, it is that one.
+
+    Only for a run that nobody else saves: a save under way would be undone.
+    """
+    try:
+        name = (root / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return
+    if name and not (root / name).exists() and (root / f"{name}{_OLD}").is_dir():
+        (root / f"{name}{_OLD}").rename(root / name)
 
 
 def publish(
@@ -113,7 +129,7 @@ def _remove_old(newest: Path, best: str, keep: int, keep_every: int | None) -> N
 
 def _put_aside(path: Path) -> Path:
     """Out of sight in one step, to be removed: a crash leaves what the next save removes, never half of it."""
-    gone = path.with_name(f"{path.name}.old{PARTIAL}")
+    gone = path.with_name(f"{path.name}{_OLD}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     return gone

@@ -158,7 +158,7 @@ class TextTokenizer:
         if not model.get("merges"):
             raise DataError(
                 f"data.subword_dropout undoes the merges of BPE, and this tokenizer ({model.get('type', 'unknown')}) "
-                "has none: leave it at 0, or prepare with --model bpe"
+                "has none: leave it (and data.subword_dropout_target) at 0, or prepare with --model bpe"
             )
         vocabulary, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
         parents = np.full((self.vocab_size, 2), -1, np.int32)

@@ -42,18 +42,12 @@ class Ensemble(nn.Module):
     """Models of one vocabulary that decode together: a token's probability is the mean of theirs.
 
     Args:
-        models: of any shapes, on one device.
-
-    Raises:
-        ValueError: their vocabularies differ in size.
+        models: of any shapes, on one device; ids beyond the smallest vocabulary are padding of the others.
     """
 
     def __init__(self, models: Sequence[EncoderDecoder]) -> None:
         super().__init__()
-        sizes = {model.vocab_size for model in models}
-        if len(sizes) != 1:
-            raise ValueError(f"models of one vocabulary can decode together, not of {sorted(sizes)} tokens")
-        self.models, self.vocab_size = nn.ModuleList(models), sizes.pop()
+        self.models, self.vocab_size = nn.ModuleList(models), min(model.vocab_size for model in models)
         # A new module is in training mode; a search restores the mode that it finds, in all of its parts.
         self.training = any(model.training for model in models)
 
@@ -79,7 +73,7 @@ class Ensemble(nn.Module):
     def step(self, tokens_RT: Tensor, cache: "Caches") -> Tensor:
         """As `EncoderDecoder.step`; the scores [R, T, V] are log-probabilities, float32."""
         each = [
-            model.step(tokens_RT, own).log_softmax(dim=-1, dtype=torch.float32)
+            model.step(tokens_RT, own).log_softmax(dim=-1, dtype=torch.float32)[..., : self.vocab_size]
             for model, own in zip(self._each, cache.each, strict=True)
         ]
         return torch.stack(each).logsumexp(dim=0) - math.log(len(each))

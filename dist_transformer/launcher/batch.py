@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_transformer.checkpoints.folder import read_trainer_state
 from dist_transformer.config import Config, load_config
-from dist_transformer.errors import ConfigError, LaunchError
+from dist_transformer.errors import CheckpointError, ConfigError, LaunchError
 from dist_transformer.launcher.slurm import has_slurm, job_fields
 from dist_transformer.tracking.exits import (
     FINISHED,
@@ -136,6 +137,8 @@ def _runs(run_dir: Path, job: str, attempt: Mapping[str, Any]) -> bool:
 def _why_finished(run_dir: Path, config: Config) -> str:
     checkpoint, step = _checkpoint(run_dir), newest_step(run_dir)
     if checkpoint and step >= config.train.steps:
+        if _lacks_evaluation(run_dir / "checkpoints" / checkpoint, config):
+            return ""
         return f"{checkpoint} of {config.train.steps} steps"
     exits = read_exits(run_dir)
     if not exits or exits[-1].reason != "early_stopped":
@@ -150,6 +153,16 @@ def _why_finished(run_dir: Path, config: Config) -> str:
         and before.train.early_stopping == config.train.early_stopping
     )
     return exits[-1].message or f"stopped early at {checkpoint}" if same else ""
+
+
+def _lacks_evaluation(checkpoint: Path, config: Config) -> bool:
+    """Whether the run was stopped between its last step and the end of its last evaluation."""
+    try:
+        state = read_trainer_state(checkpoint)
+    except (CheckpointError, OSError):
+        return False
+    has_held_out = any(corpus.eval for corpus in config.data.corpora())
+    return has_held_out and state.evaluated_step is not None and state.evaluated_step < state.step
 
 
 def _checkpoint(run_dir: Path) -> str:

@@ -178,11 +178,10 @@ def _chunk(logits: Tensor, targets: Tensor, sum_: Tensor | None, options: _Optio
         objective = objective + smoothing * (log_z - sum_ / (n_own * (1 if tp is None else tp.size)))
     # d log Z / d logits is the softmax p, so that d objective = p (1 + 2 z log Z) - (1 - e) [target] - e / V.
     own_share = (own_largest - largest).exp() * own_total / total
-    row_scale = (1 + 2 * z_loss * log_z) * own_share
+    factor = 1 + 2 * z_loss * log_z
+    row_scale = factor * own_share
     if raw_logits is not None:
-        divergence, gold_share = _add_divergence(
-            logits, raw_logits, own, own_share, row_scale, log_z, options
-        )
+        divergence, gold_share = _add_divergence(logits, raw_logits, own, own_share, factor, log_z, options)
         objective, row_scale = objective + divergence, torch.ones_like(row_scale)
     is_correct = (gold == largest) & counts
     sums = torch.stack([(term * counts).sum() for term in (objective, cross_entropy, is_correct)])
@@ -229,50 +228,71 @@ def _add_divergence(
     logits: Tensor,
     gold: Tensor,
     share: Tensor,
-    scale: Tensor,
+    factor: Tensor,
     log_z: Tensor,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """Turns the softmax of twins [2N, V], in place, into `scale` times it plus the gradient of their divergence.
+    """Turns the softmax of twins [2N, V], in place, into `factor` times it plus the gradient of their divergence.
 
     For softmaxes p and q, d KL(p | q) / d logits of p = p (log(p / q) - KL(p | q)), and d KL(q | p) = p - q.
 
     Args:
         gold: [2N, 1] a column of each row.
         share: [2N] what each row's part of the vocabulary has of its whole softmax.
-        scale: [2N] factor of the softmax.
+        factor: [2N] of the whole softmax.
         log_z: [2N] of the whole vocabulary.
 
     Returns:
         [2N] each row's half of its pair's divergence, and what the result has in the column `gold`: float32 or wider.
     """
     n_pairs, wide, half, tp = len(logits) // 2, log_z.dtype, options.r_drop / 2, options.tp
-    divergence_2N, at_gold_2N = torch.empty_like(log_z), torch.empty_like(log_z)
     block_pairs = n_pairs
     if logits.device.type == "cpu":
         block_pairs = max(1, _CACHED // 2 // logits.shape[1]) * torch.get_num_threads()
-    for rows in _even_slices(n_pairs, block_pairs):
-        one, other = rows, slice(rows.start + n_pairs, rows.stop + n_pairs)
+    blocks = [
+        (rows, slice(rows.start + n_pairs, rows.stop + n_pairs))
+        for rows in _even_slices(n_pairs, block_pairs)
+    ]
+
+    def read(one: slice, other: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Both softmaxes, and the difference of the logits."""
         p, q = softmax[one].to(wide), softmax[other].to(wide)
         if tp is not None and tp.size > 1:
             p, q = p * share[one, None], q * share[other, None]
-        # log(p / q) is the difference of logits less that of log Z: a constant of the row, kept out of the passes.
-        difference = logits[one].to(wide).sub_(logits[other])
-        constant = log_z[one] - log_z[other]
-        kl = torch.stack([torch.linalg.vecdot(p, difference), torch.linalg.vecdot(q, difference)])
-        if tp is not None and tp.size > 1:
-            kl = tp.all_reduce(kl)
-        kl = torch.stack([kl[0] - constant, constant - kl[1]])
+        return p, q, logits[one].to(wide) - logits[other]
+
+    # log(p / q) is the difference of the logits less that of log Z: a constant of the row, kept out of the passes.
+    constant_N = log_z[:n_pairs] - log_z[n_pairs:]
+    mean_2N = log_z.new_empty(2, n_pairs)
+    """The logits' mean difference under p, and under q."""
+    if tp is not None and tp.size > 1:
+        for one, other in blocks:
+            mean_2N[:, one] = _means(*read(one, other))
+        mean_2N = tp.all_reduce(mean_2N)
+    at_gold_2N = torch.empty_like(log_z)
+    for one, other in blocks:
+        p, q, difference = read(one, other)
+        if tp is None or tp.size == 1:
+            mean_2N[:, one] = _means(p, q, difference)
         gradients = []  # Neither may be in place before the other is there: in one precision, p and q are views.
-        for twin, own, others, sign, kl_own in ((one, p, q, 1.0, kl[0]), (other, q, p, -1.0, kl[1])):
-            factor = scale[twin] / share[twin] + half * (1 - kl_own - sign * constant)
-            gradient = torch.add(factor[:, None], difference, alpha=sign * half)
+        for twin, own, others, sign, mean in (
+            (one, p, q, 1.0, mean_2N[0, one]),
+            (other, q, p, -1.0, mean_2N[1, one]),
+        ):
+            # KL of this twin = sign (mean - constant), so that of log(p / q) - KL the constant goes.
+            scale = factor[twin] + half * (1 - sign * mean)
+            gradient = torch.add(scale[:, None], difference, alpha=sign * half)
             gradients.append(gradient.mul_(own).sub_(others, alpha=half))
         for twin, gradient in zip((one, other), gradients, strict=True):
             at_gold_2N[twin] = gradient.gather(1, gold[twin]).squeeze(1)
             softmax[twin] = gradient
-            divergence_2N[twin] = half / 2 * kl.sum(dim=0)
-    return divergence_2N, at_gold_2N
+    kl_2N = torch.stack([mean_2N[0] - constant_N, constant_N - mean_2N[1]])
+    return (half / 2 * kl_2N.sum(dim=0)).repeat(2), at_gold_2N
+
+
+def _means(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    """[2, N] the rows' sums of p x and q x."""
+    return torch.stack([torch.linalg.vecdot(p, x), torch.linalg.vecdot(q, x)])
 
 
 def _add_gradients(

@@ -4,6 +4,7 @@ A start leaves `attempt.json`, and its end takes it away again. An attempt that 
 killed: by SIGKILL, by a node that died, by the power. So no end goes unnoticed, though nobody was left to record it.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -179,9 +180,14 @@ def decide_restart(run_dir: Path, limit: int) -> Decision:
     if last.reason in FOR_A_PERSON:
         return Decision(False, f"it would end the same way again: {last.message}")
     if last.reason in ON_REQUEST:
-        if len(exits) > 1 and exits[-2].reason in ON_REQUEST and _no_progress(exits[-2:]):
+        most = max(1, limit)
+        requests = list(itertools.takewhile(lambda end: end.reason in ON_REQUEST, reversed(exits)))[
+            : most + 1
+        ]
+        if len(requests) > most and _no_progress(requests):
             return Decision(
-                False, f"it was asked to stop twice before it got beyond step {last.checkpoint_step}"
+                False,
+                f"it was asked to stop {len(requests)} times before it got beyond step {last.checkpoint_step}",
             )
         return Decision(True, f"{last.reason}, saved at step {last.checkpoint_step}")
     failures: list[Exit] = []

@@ -1,10 +1,10 @@
 """Evaluation on held-out data: loss over packed rows, BLEU and samples over decoded text."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -48,8 +48,16 @@ class EvaluationInterruptedError(Exception):
     """The run is to stop before the evaluation has ended. Raised on every rank; nothing of it is kept."""
 
 
-WantsStop = Callable[[], bool]
-"""Whether this rank knows of a wish to stop."""
+class StopWishes(Protocol):
+    """Who asks a run to stop."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank knows of a wish to stop."""
+
+    @property
+    def stop_is_known(self) -> bool:
+        """Whether it has come in a way in which every rank learns of it by itself."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, config: Config, tokenizer: TextTokenizer, wants_stop: WantsStop = lambda: False
+    engine: Engine, config: Config, tokenizer: TextTokenizer, wishes: StopWishes | None = None
 ) -> Evaluation:
     """Evaluate the current weights on every held-out set. A collective.
 
@@ -76,7 +84,8 @@ def evaluate(
 
     Raises:
         DataError: on every rank, if a set cannot be read by any and the policy is `error`.
-        EvaluationInterruptedError: on every rank, if any is asked to stop; asked between batches.
+        EvaluationInterruptedError: on every rank, if any is asked to stop. Looked for between batches; while texts are
+            decoded, which each rank does by itself, only wishes count that all ranks learn of.
     """
     found = Evaluation({}, {}, {}, [])
     with _untouched_random_state(), engine.weights(config.evaluate.weights):
@@ -85,7 +94,7 @@ def evaluate(
                 continue
             name = set_name(config.data, corpus)
             try:
-                of_set = _evaluate_set(engine, config, corpus, tokenizer, wants_stop)
+                of_set = _evaluate_set(engine, config, corpus, tokenizer, wishes)
             except DataError as error:
                 if config.data.on_bad_shard == "error":
                     raise
@@ -127,13 +136,13 @@ class _OfSet:
 
 
 def _evaluate_set(
-    engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer, wants_stop: WantsStop
+    engine: Engine, config: Config, corpus: CorpusConfig, tokenizer: TextTokenizer, wishes: StopWishes | None
 ) -> _OfSet:
     evaluate, metrics = config.evaluate, _text_metrics(config, corpus)
-    found = _OfSet(_loss(engine, config, corpus, wants_stop))
+    found = _OfSet(_loss(engine, config, corpus, wishes))
     n_scored = evaluate.sentences if metrics else 0
     if n_sentences := max(evaluate.samples, n_scored):
-        samples = _decode(engine, config, corpus, tokenizer, n_sentences, wants_stop)
+        samples = _decode(engine, config, corpus, tokenizer, n_sentences, wishes)
         found.samples = samples[: evaluate.samples]
         if scored := samples[:n_scored]:
             outputs, references = [s.output for s in scored], [s.references for s in scored]
@@ -166,7 +175,9 @@ def set_name(data: DataConfig, corpus: CorpusConfig) -> str:
     return metric_name(corpus.name if data.mixture else Path(corpus.eval).resolve().name)
 
 
-def _loss(engine: Engine, config: Config, corpus: CorpusConfig, wants_stop: WantsStop) -> dict[str, float]:
+def _loss(
+    engine: Engine, config: Config, corpus: CorpusConfig, wishes: StopWishes | None
+) -> dict[str, float]:
     mesh, limit = engine.mesh, config.evaluate.batches
     sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
     batches = eval_batches(
@@ -179,7 +190,7 @@ def _loss(engine: Engine, config: Config, corpus: CorpusConfig, wants_stop: Want
         max_rows=None if limit is None else limit * config.train.global_batch_size,
     )
     wanted = _token_metrics(config)
-    for batch in _in_step(batches, mesh, wants_stop):
+    for batch in _in_step(batches, mesh, wishes):
         loss = engine.evaluate_batch(batch)
         sums[:3] += torch.stack([loss.cross_entropy, loss.n_correct, loss.n_tokens]).double()
         if "sequence_accuracy" in wanted:
@@ -215,7 +226,7 @@ def count_sequences(loss: TokenLoss, segment_ids_BT: Tensor) -> Tensor:
     return torch.stack([(is_token & ~is_wrong).sum(), is_token.sum()]).double()
 
 
-def _in_step(batches: Iterator[Batch], mesh: Mesh, wants_stop: WantsStop) -> Iterator[Batch]:
+def _in_step(batches: Iterator[Batch], mesh: Mesh, wishes: StopWishes | None) -> Iterator[Batch]:
     """The batches, as long as every rank has one.
 
     Raises:
@@ -228,7 +239,8 @@ def _in_step(batches: Iterator[Batch], mesh: Mesh, wants_stop: WantsStop) -> Ite
             batch = next(batches, None)
         except DataError as problem:
             error = problem
-        own = [error is not None, wants_stop(), batch is None]
+        wants_stop = wishes is not None and wishes.stop_requested
+        own = [error is not None, wants_stop, batch is None]
         flags = torch.tensor(own, dtype=torch.int64, device=mesh.device)
         n_failed, n_stop, n_without = sum_over_ranks(flags, mesh).tolist()
         if n_failed:
@@ -248,7 +260,7 @@ def _decode(
     corpus: CorpusConfig,
     tokenizer: TextTokenizer,
     n_sentences: int,
-    wants_stop: WantsStop,
+    wishes: StopWishes | None,
 ) -> list[Sample]:
     """Decode the first held-out samples, shared out over data-parallel ranks."""
     mesh, is_pairs = engine.mesh, corpus.objective == "pairs"
@@ -266,7 +278,7 @@ def _decode(
     mine = [example.source_ids for example in examples[mesh.dp_rank :: mesh.dp_size]]
 
     def leave_if_asked(*_: int) -> None:
-        if wants_stop():
+        if wishes is not None and wishes.stop_is_known:
             raise EvaluationInterruptedError
 
     found: list[list[Hypothesis]] | None = None

@@ -114,6 +114,14 @@ class Guard:
         return self.signals.received is not None or on_dashboard or self._stop_switch
 
     @property
+    def stop_is_known(self) -> bool:
+        """Whether a wish to stop has come in a way in which every rank learns of it by itself."""
+        if self.mesh.world_size == 1:
+            return self.stop_requested
+        self._look_at_switches(everywhere=True)
+        return self.signals.received is not None or self._stop_switch
+
+    @property
     def save_requested(self) -> bool:
         """Whether the switch for saving is set; asked once a step, on rank zero."""
         if not self.mesh.is_rank_zero or not is_set(self.run_dir, SAVE_NAME):
@@ -143,9 +151,10 @@ class Guard:
             record_start(self.run_dir, self.step, seconds, cpu_seconds)
             self.outlets.message(describe_start(seconds, cpu_seconds))
 
-    def _look_at_switches(self) -> None:
-        # A shared file system need not be asked more often.
-        if self.mesh.is_rank_zero and time.monotonic() - self._switches_seen > _SWITCH_INTERVAL_S:
+    def _look_at_switches(self, everywhere: bool = False) -> None:
+        # A shared file system need not be asked more often, nor, while steps go on, by more than one rank.
+        is_asked = everywhere or self.mesh.is_rank_zero
+        if is_asked and time.monotonic() - self._switches_seen > _SWITCH_INTERVAL_S:
             self._switches_seen = time.monotonic()
             self._stop_switch = self._stop_switch or is_set(self.run_dir, STOP_NAME)
 

@@ -20,7 +20,7 @@ from dist_transformer.train.evaluate import (
     Evaluation,
     EvaluationInterruptedError,
     Sample,
-    WantsStop,
+    StopWishes,
     evaluate,
 )
 from dist_transformer.train.selection import Selection
@@ -101,7 +101,7 @@ class EvaluateHook:
     state: TrainerState
     outlets: Outlets
     selection: Selection
-    wants_stop: WantsStop
+    wishes: StopWishes
     account = "evaluation"
 
     def after_step(self, report: StepReport) -> None:
@@ -151,7 +151,7 @@ class EvaluateHook:
         if self.outlets.console is not None:
             self.outlets.console.pause()
         start = time.perf_counter()
-        found = evaluate(self.engine, self.config, self.tokenizer, self.wants_stop)
+        found = evaluate(self.engine, self.config, self.tokenizer, self.wishes)
         values = {**found.metrics, "trainer/tokens_seen": self.state.tokens_seen}
         if self.outlets.log is not None and self.outlets.console is not None:
             seconds = time.perf_counter() - start

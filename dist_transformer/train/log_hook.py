@@ -73,6 +73,11 @@ class LogHook:
         if report.totals.n_bad:
             self._tell_of_bad_samples(report)
         if report.step % self.config.tracking.every == 0 or report.is_last or report.step == 1:
+            self.finish(report)
+
+    def finish(self, report: StepReport) -> None:
+        """Write the row of the steps that have none yet, if there are any. A collective."""
+        if self._since:
             self._write(report)
             self._since.clear()
 

@@ -1,5 +1,6 @@
 """All that can be wrong with a run is found here, before any rank has started to train."""
 
+import contextlib
 import os
 import platform
 from collections.abc import Mapping
@@ -7,7 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_transformer.checkpoints.folder import check_model, find_checkpoint_in, latest_checkpoint
+from dist_transformer.checkpoints.folder import (
+    check_model,
+    checkpoints_dir,
+    find_checkpoint_in,
+    latest_checkpoint,
+)
+from dist_transformer.checkpoints.publish import bring_back
 from dist_transformer.checkpoints.reader import StoredWeights
 from dist_transformer.config import Config, dump_config
 from dist_transformer.config.layout import grad_accum_steps
@@ -16,7 +23,7 @@ from dist_transformer.data.manifest import load_manifest, write_atomically
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.engine.checkpoint import check_checkpoint
 from dist_transformer.errors import CheckpointError, ConfigError, UserError
-from dist_transformer.parallel.collectives import gather_objects, raise_together
+from dist_transformer.parallel.collectives import barrier, gather_objects, raise_together
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.tracking import check_tracking
 from dist_transformer.tracking.exits import read_attempt
@@ -120,6 +127,10 @@ def find_checkpoint(config: Config, mesh: Mesh) -> Path | None:
     """
     error: UserError | None = None
     checkpoint: Path | None = None
+    if mesh.is_rank_zero:
+        with contextlib.suppress(OSError):  # then what is missing is said below
+            bring_back(checkpoints_dir(Path(config.run.dir)))
+    barrier(mesh)
     try:
         checkpoint = latest_checkpoint(Path(config.run.dir))
         if checkpoint is not None:

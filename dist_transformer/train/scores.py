@@ -20,6 +20,7 @@ from dist_transformer.train.trained_run import Choice, TrainedRun
 
 _MOST_SCORES = 1 << 26
 """Scores over the vocabulary at the same time (256 MiB)."""
+_MOST_PAIRS = 64
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[
     encoded = _encoded(run, pairs)
     total, n_tokens, n_correct, n_right = 0.0, 0, 0, 0
     with torch.inference_mode():
-        for group in _groups(encoded, _MOST_SCORES // run.scorer.vocab_size):
+        for group in _groups(encoded, _MOST_SCORES // (run.scorer.vocab_size * (1 + len(run.ensemble)))):
             source_BS = _padded([source for source, _ in group], run.device)
             target_BT = _padded([target for _, target in group], run.device)
             log_p_BT, is_largest_BT = _of_targets(run.scorer, source_BS, target_BT)
@@ -193,12 +194,15 @@ def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[
 
 def _encoded(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Ids of both sides with EOS, short ones first; what is beyond the run's rows is left out, and that is said."""
-    limits = run.config.data.max_source_len, run.config.data.max_target_len
+    longest = run.scorer.max_positions or sys.maxsize
+    limits = [
+        min(limit, longest) for limit in (run.config.data.max_source_len, run.config.data.max_target_len)
+    ]
     whole = [(run.tokenizer.encode(source), run.tokenizer.encode(reference)) for source, reference in pairs]
     if n_cut := sum(len(reference) >= limits[1] for _, reference in whole):
         print(
-            f"dist-transformer: {n_cut:,} of {len(pairs):,} references are longer than data.max_target_len={limits[1]} "
-            "tokens: loss and accuracies count what fits; scores of texts count all",
+            f"dist-transformer: {n_cut:,} of {len(pairs):,} references are longer than {limits[1]} tokens, EOS "
+            "counted: loss and accuracies count what fits; scores of texts count all",
             file=sys.stderr,
         )
     cut = [
@@ -211,13 +215,14 @@ def _encoded(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> list[tuple[li
 def _groups(
     pairs: Sequence[tuple[list[int], list[int]]], most_targets: int
 ) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Neighbours, as many as have so many target positions, padding counted; at least one."""
+    """Neighbours, up to `_MOST_PAIRS` and so many target positions, padding counted; at least one."""
     group: list[tuple[list[int], list[int]]] = []
+    width = 0
     for pair in pairs:
-        width = max(len(target) for _, target in [*group, pair])
-        if group and (len(group) + 1) * width > most_targets:
+        width = max(width, len(pair[1]))
+        if group and (len(group) == _MOST_PAIRS or (len(group) + 1) * width > most_targets):
             yield group
-            group = []
+            group, width = [], len(pair[1])
         group.append(pair)
     if group:
         yield group

@@ -82,10 +82,7 @@ class TrainedRun:
                     f"{other.checkpoint} has another tokenizer than {self.checkpoint}: only models of one "
                     "vocabulary decode together"
                 )
-        try:
-            return Ensemble([self.model, *(other.model for other in others)])
-        except ValueError as error:
-            raise CheckpointError(f"--ensemble: {error}") from None
+        return Ensemble([self.model, *(other.model for other in others)])
 
     def _read(self, path: Path, choice: Choice) -> dict[str, Tensor]:
         check_files(self.checkpoint)

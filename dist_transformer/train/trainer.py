@@ -119,7 +119,7 @@ class Trainer:
                 self.state,
                 outlets,
                 self.selection,
-                wants_stop=lambda: guard.stop_requested,
+                guard,
             )
             if any(corpus.eval for corpus in config.data.corpora())
             else None
@@ -151,9 +151,8 @@ class Trainer:
         try:
             self._evaluate_first()
         except EvaluationInterruptedError:
-            if self.state.step:  # else the first step finds the wish, and saves
-                self._stop()
-                return
+            self._stop()
+            return
         batches = self._global_batches()
         while self.state.step < self.config.train.steps and self.selection.why_done is None:
             with self.profiling.step(self.state.step + 1):
@@ -161,6 +160,8 @@ class Trainer:
             for hook in self.hooks:
                 with self.accounts.spend(hook.account), self.guard.side_work(hook.account, report.step):
                     hook.after_step(report)
+            if report.is_last:  # also where only an evaluation has decided so
+                self.logging.finish(report)
             self.bad_steps.check(report.step)
             if report.is_stopped:
                 self._stop()
@@ -182,7 +183,8 @@ class Trainer:
         elif evaluation.is_missing:
             with self.accounts.spend("evaluation"), self.guard.side_work("evaluation", step):
                 evaluation.catch_up()
-            if step == self.config.train.steps:  # no later checkpoint tells of it
+            if step == self.config.train.steps or self.selection.why_done is not None:
+                # No later checkpoint tells of it.
                 with self.accounts.spend("checkpoint"), self.guard.side_work("checkpoint", step):
                     self.saving.save(step, is_last=True)
 
@@ -190,9 +192,9 @@ class Trainer:
         """All is saved, and something is left to do."""
         self.guard.learn_why()
         self.guard.is_stopped = True
-        self.outlets.message(
-            f"stopped by {self.guard.why_stopped()} after step {self.state.step:,}: saved; the same command goes on"
-        )
+        step = self.state.step
+        when = f"after step {step:,}: saved" if step else "before the first step"
+        self.outlets.message(f"stopped by {self.guard.why_stopped()} {when}; the same command goes on")
 
     def _step(self, batches: Iterator[list[Batch]]) -> StepReport:
         step, start = self.state.step + 1, time.perf_counter()

@@ -1,5 +1,6 @@
 """A run that is killed and comes back is the run that was never killed, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import torch
 
 from dist_transformer.checkpoints.folder import latest_checkpoint
 from dist_transformer.checkpoints.reader import load_weights
+from dist_transformer.launcher.batch import begin_job
 from dist_transformer.tracking import read_metrics
 from dist_transformer.tracking.exits import read_exits
+from dist_transformer.tracking.heartbeats import read_beats
 from tests.e2e.conftest import ROOT, command, environment, launch, steps_of
 
 WriteConfig = Callable[..., Path]
@@ -110,14 +113,21 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_stop_does_not_wait_for_an_evaluation(
     tmp_path: Path, pair_shards: Path, write_config: WriteConfig
 ) -> None:
-    """In the middle of the run and after its last step: saved at once; the next start evaluates."""
+    """At the start, in the middle, after the last step: saved at once, and evaluated by the next start.
+
+    By a signal, and by the file STOP, for which every rank looks while texts are decoded.
+    """
     config = write_config(
         pair_shards,
         train={"steps": 6},
         checkpoint={"every": 100, "best_metric": "eval/shards/loss"},
-        evaluate={"every": 3, "batches": 2, "metrics": ["bleu"], "sentences": 40, "samples": 2},
-        generate={"beam_size": 4, "max_len": 40, "batch_tokens": 1},  # a sentence at a time: a few seconds
-    )
+        evaluate={
+            "every": 3, "at_start": True, "batches": 2, "metrics": ["bleu"], "sentences": 40, "samples": 2,
+        },
+        generate={"beam_size": 4, "max_len": 40, "batch_tokens": 1},  # a sentence at a time: some seconds
+        faults={"heartbeat_s": 0.2},
+        tracking={"every": 2, "wandb": {"mode": "disabled"}},
+    )  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = launch(config, "--nproc", 2, f"run.dir={whole}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,23 +137,61 @@ def test_a_stop_does_not_wait_for_an_evaluation(
         assert len({row["step"] for row in rows}) == len(rows)
         return {row["step"]: (row["eval/shards/loss"], row["eval/shards/bleu"]) for row in rows}
 
-    for at, known in ((3, []), (6, [3])):
+    def evaluates(step: int) -> bool:
+        beats = read_beats(broken)
+        return len(beats) == 2 and all((beat.phase, beat.step) == ("evaluating", step) for beat in beats)
+
+    for at, by_file, known in ((0, False, []), (3, True, [0]), (6, False, [0, 3])):
         process = start(config, "--nproc", 2, f"run.dir={broken}")
-        wait_for(lambda at=at: last_step(broken) == at)  # type: ignore[misc]
-        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda at=at: evaluates(at))  # type: ignore[misc]
+        if by_file:
+            (broken / "STOP").touch()
+        else:
+            process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=100) == 0
         latest = latest_checkpoint(broken)
-        assert latest is not None and latest.name == f"step-{at:08d}"
-        assert sorted(evaluations(broken)) == known
-        assert read_exits(broken)[-1].reason == "signal"
+        assert (latest.name if latest else "") == (f"step-{at:08d}" if at else "")
+        assert sorted(evaluations(broken) if at else []) == known
+        assert read_exits(broken)[-1].reason == ("stopped" if by_file else "signal")
+        assert begin_job(str(config), [f"run.dir={broken}"]).finished == ""
     for _ in range(2):
         done = launch(config, "--nproc", 2, f"run.dir={broken}")
         assert done.returncode == 0, done.stdout + done.stderr
         assert read_exits(broken)[-1].reason == "done"
-    assert evaluations(broken) == evaluations(whole) and sorted(evaluations(whole)) == [3, 6]
-    assert losses(broken) == losses(whole)
+    assert evaluations(broken) == evaluations(whole) and sorted(evaluations(whole)) == [0, 3, 6]
+    # Every step is in some row, also those before a stop that no row was due for.
+    assert max(steps_of(read_metrics(broken))) == 6 and 3 in steps_of(read_metrics(broken))
     bests = [(run / "checkpoints" / "best").read_text() for run in (whole, broken)]
     assert bests[0] == bests[1]
+
+
+def test_done_early_by_an_evaluation_that_a_stop_had_left_out(
+    tmp_path: Path, pair_shards: Path, write_config: WriteConfig
+) -> None:
+    """It is saved that the run is done, and which weights are the best: the same command ends at once."""
+    early = {"metric": "eval/shards/loss", "min_delta": 50, "patience": 2}
+    config = write_config(
+        pair_shards,
+        train={"steps": 3, "early_stopping": early},
+        checkpoint={"every": 1, "best_metric": "eval/shards/loss"},
+        evaluate={"every": 1, "batches": 1},
+    )
+    run_dir = tmp_path / "run"
+    assert command("train", config, "train.steps=2").returncode == 0
+    # As if the second step's evaluation had not been.
+    description = run_dir / "checkpoints" / "step-00000002" / "trainer.json"
+    tree = json.loads(description.read_text())
+    first = {"metric": "eval/shards/loss", "value": 9.0, "step": 1}
+    tree["state"] |= {"evaluated_step": 1, "best": first}
+    description.write_text(json.dumps(tree, indent=1).ljust(description.stat().st_size))
+    for _ in range(2):
+        done = command("train", config)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "stopped early after step 2" in done.stdout + done.stderr
+        assert read_exits(run_dir)[-1].reason == "early_stopped"
+    evaluated = [row["step"] for row in read_metrics(run_dir) if row["event"] == "eval"]
+    assert evaluated == [1, 2, 2]
+    assert (run_dir / "checkpoints" / "best").read_text().strip() == "step-00000002"
 
 
 def test_one_process_is_enough(pair_shards: Path, write_config: WriteConfig, tmp_path: Path) -> None:

@@ -49,11 +49,14 @@ def test_a_search_leaves_the_models_without_dropout() -> None:
     assert not any(module.training for model in models for module in model.modules())
 
 
-def test_one_vocabulary_and_the_shortest_table() -> None:
+def test_padding_of_vocabularies_and_the_shortest_table() -> None:
+    """Rows that pad one model's embedding are no tokens; a table of positions bounds all."""
     learned = [
         small_model("vaswani2017_base", torch.float32, positions="learned", max_positions=n) for n in (80, 70)
     ]
-    free = small_model("modern_small", torch.float32)
-    assert Ensemble([free, *learned]).max_positions == 70 and Ensemble([free]).max_positions is None
-    with pytest.raises(ValueError, match="models of one vocabulary"):
-        Ensemble([free, small_model("modern_small", torch.float32, vocab_size=VOCAB + 8)])
+    padded = small_model("modern_small", torch.float32, vocab_size=VOCAB + 8)
+    together = Ensemble([padded, *learned])
+    assert together.max_positions == 70 and Ensemble([padded]).max_positions is None
+    assert together.vocab_size == VOCAB
+    found = beam_search(together, pad(sources(3)), **OPTIONS)
+    assert all(token < VOCAB for hypotheses in found for h in hypotheses for token in h.tokens)

@@ -1,5 +1,6 @@
 """What batch scripts ask: the answers before ranks start and after they have ended."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_transformer.checkpoints.folder import FORMAT
 from dist_transformer.errors import ConfigError, LaunchError
 from dist_transformer.launcher import batch
 from dist_transformer.launcher.batch import as_shell, begin_job, end_job
@@ -55,6 +57,22 @@ def test_a_run_is_finished_when_its_steps_are_done(config: Path) -> None:
     assert begin_job(str(config), []).finished == "step-00000020 of 20 steps"
     assert begin_job(str(config), ["train.steps=30"]).finished == ""
     assert end_job(run_of(config), 3, 0).verdict == "finished"
+
+
+@pytest.mark.parametrize("evaluated, is_finished", [(0, False), (10, False), (20, True), (None, True)])
+def test_without_its_last_evaluation_a_run_is_not_finished(
+    config: Path, evaluated: int | None, is_finished: bool
+) -> None:
+    """It was stopped in the evaluation after its last step; an older checkpoint does not say."""
+    run_once(run_of(config), "time_limit", 20)
+    checkpoint = run_of(config) / "checkpoints" / "step-00000020"
+    checkpoint.mkdir()
+    state = {"step": 20, "evaluated_step": evaluated}
+    (checkpoint / "trainer.json").write_text(json.dumps({"format": FORMAT, "state": state}))
+    assert bool(begin_job(str(config), []).finished) == is_finished
+    assert end_job(run_of(config), 3, 0).verdict == "restart"
+    if not is_finished:
+        assert begin_job(str(config), ["data.eval=null"]).finished == "step-00000020 of 20 steps"
 
 
 def test_a_run_that_stopped_early_is_finished_until_somebody_asks_for_more(config: Path) -> None:

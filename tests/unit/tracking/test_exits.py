@@ -93,7 +93,9 @@ def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
         ([("error", 0)], False, "same way again"),
         ([("preempted", 4)], True, "saved at step 4"),
         ([("preempted", 4), ("preempted", 6)], True, "saved at step 6"),
-        ([("preempted", 4), ("preempted", 4)], False, "asked to stop twice"),
+        ([("preempted", 4), ("preempted", 4)], True, "saved at step 4"),
+        ([("preempted", 3), ("preempted", 4), ("preempted", 4)], True, "saved at step 4"),
+        ([("preempted", 4), ("preempted", 4), ("preempted", 4)], False, "asked to stop 3 times before"),
         ([("killed", 0)], True, "failure 1 of at most 2"),
         ([("killed", 4), ("crash", 4)], True, "failure 2 of at most 2"),
         (

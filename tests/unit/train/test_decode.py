@@ -15,7 +15,7 @@ from dist_transformer.train import decode
 
 def run_of(objective: str = "pairs") -> Any:
     tree = {"run": {"dir": "x"}, "data": {"train": "x", "objective": objective}, "train": {"steps": 1}}
-    return SimpleNamespace(config=build_config(tree), model=None, tokenizer=None)
+    return SimpleNamespace(config=build_config(tree), scorer=None, tokenizer=None)
 
 
 def test_batches_shrink_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_model_does_what_it_was_trained_for(
         monkeypatch.setattr(decode, name, recorder(name))
     tree = {"run": {"dir": "x"}, "data": {"train": "x"} | data, "train": {"steps": 1}}
     tokenizer = SimpleNamespace(mode_ids={"R": 3, "S": 4, "X": 5})
-    run = SimpleNamespace(config=build_config(tree), model=None, tokenizer=tokenizer)
+    run = SimpleNamespace(config=build_config(tree), scorer=None, tokenizer=tokenizer)
     assert decode.decode_lines(run, ["a"], {}) == ["done"]  # type: ignore[arg-type]
     assert called == [expected]
 
