@@ -10,6 +10,9 @@ real tokens, by one formula for everyone) and their share of what this machine's
 second before and after every run: of the fastest product, and of the median one, which tells a host that others use
 too), the most memory that all processes held together, and seconds from the start to the end of the first step.
 `--ranks 1` is one process with `--cores` threads, `--ranks 2` two of half as many.
+
+Dropout of 0.1 is where the paper and Marian have it: on embeddings and sublayers' outputs. T5 and torch.nn.Transformer
+have one rate for everything, attention's weights and activations too, and so do a little more.
 """
 
 import argparse
