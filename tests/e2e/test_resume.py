@@ -122,7 +122,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
         train={"steps": 6},
         checkpoint={"every": 100, "best_metric": "eval/shards/loss"},
         evaluate={
-            "every": 3, "at_start": True, "batches": 2, "metrics": ["bleu"], "sentences": 40, "samples": 2,
+            "every": 3, "at_start": True, "batches": 2, "metrics": ["bleu"], "sentences": 24, "samples": 2,
         },
         generate={"beam_size": 4, "max_len": 40, "batch_tokens": 1},  # a sentence at a time: some seconds
         faults={"heartbeat_s": 0.2},
