@@ -52,6 +52,11 @@ class TrainerState:
     early_stopping: dict[str, Any] | None = None
     """`metric`, its best `value`, and how many evaluations in a row since were no better (`n_without`)."""
 
+    @property
+    def is_unevaluated(self) -> bool:
+        """Whether there are updates since the last evaluation, as far as the checkpoint says."""
+        return self.evaluated_step is not None and self.evaluated_step < self.step
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -9,7 +9,7 @@ from dist_transformer.data.token_ids import EOS_ID
 from dist_transformer.data.tokenizer import TextTokenizer
 from dist_transformer.errors import DataError
 from dist_transformer.generate.ensemble import Scorer
-from dist_transformer.generate.text import OnProgress, check_n_best, longest_source, search_sources
+from dist_transformer.generate.text import OnProgress, check_n_best, longest_sequence, search_sources
 
 # The space before a gap belongs to the span, as in pretraining: a word's token carries the space before it.
 _GAP = re.compile(r"([ \t]?)(<extra_id_\d+>|<mask>|_{3,})")
@@ -69,7 +69,7 @@ def fill_texts(
     pieces = [split_at_gaps(text) for text in texts]
     mode = [] if mode_id is None else [mode_id]
     sources = [encode_gaps(p, tokenizer, i + 1) for i, p in zip(numbers, pieces, strict=True)]
-    room = longest_source(model, max_source_len) - 1 - len(mode)
+    room = longest_sequence(model, max_source_len) - 1 - len(mode)
     n_cuts = [max(0, len(source) - room) for source in sources]
     # Of a text that is continued, the end is what counts: the gap is behind it.
     seen = [

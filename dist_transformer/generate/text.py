@@ -74,7 +74,7 @@ def generate_texts(
     check_n_best(config, n_best)
     filled = [i for i, text in enumerate(texts) if text.strip()]
     mode = [] if mode_id is None else [mode_id]
-    room = longest_source(model, max_source_len) - 1
+    room = longest_sequence(model, max_source_len) - 1
     whole = tokenizer.encode_batch([texts[i] for i in filled])
     n_cuts = [max(0, len(mode) + len(ids) - room) for ids in whole]
     encoded = [
@@ -145,9 +145,9 @@ def continue_texts(
     ]
 
 
-def longest_source(model: Scorer, max_source_len: int) -> int:
-    """The most tokens of a source that the model reads, EOS counted."""
-    return max_source_len if model.max_positions is None else min(max_source_len, model.max_positions)
+def longest_sequence(model: Scorer, limit: int) -> int:
+    """The most tokens of a source or target up to a limit that the model takes, EOS counted."""
+    return limit if model.max_positions is None else min(limit, model.max_positions)
 
 
 def check_n_best(config: GenerateConfig, n_best: int) -> None:
@@ -192,10 +192,7 @@ def output_limits(
     Args:
         n_source_tokens: of each source, EOS not counted; what is beyond `max_source_len` does not count.
     """
-    longest = config.max_len or max_target_len
-    if model.max_positions is not None:
-        # The table has no row for a position beyond.
-        longest = min(longest, model.max_positions)
+    longest = longest_sequence(model, config.max_len or max_target_len)
     if config.max_ratio is None:
         return [longest] * len(n_source_tokens)
     seen = (min(n, max_source_len - 1) for n in n_source_tokens)
@@ -222,7 +219,7 @@ def search_sources(
         prefixes: token ids that each output begins with; cut where they leave no room for a further one.
         lines: a number for each source, on which its samples depend (default: its place).
     """
-    max_source_len = longest_source(model, max_source_len)
+    max_source_len = longest_sequence(model, max_source_len)
     limits = output_limits(model, [len(source) for source in sources], config, max_source_len, max_target_len)
     ended = [[*source[: max_source_len - 1], EOS_ID] for source in sources]
     n_rows = n_best if config.sample else config.beam_size

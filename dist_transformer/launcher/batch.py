@@ -161,8 +161,7 @@ def _lacks_evaluation(checkpoint: Path, config: Config) -> bool:
         state = read_trainer_state(checkpoint)
     except (CheckpointError, OSError):
         return False
-    has_held_out = any(corpus.eval for corpus in config.data.corpora())
-    return has_held_out and state.evaluated_step is not None and state.evaluated_step < state.step
+    return state.is_unevaluated and any(corpus.eval for corpus in config.data.corpora())
 
 
 def _checkpoint(run_dir: Path) -> str:

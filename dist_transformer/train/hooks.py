@@ -124,9 +124,7 @@ class EvaluateHook:
     @property
     def is_missing(self) -> bool:
         """Whether the checkpoint that the run goes on from was saved by a stop in place of an evaluation."""
-        step, evaluated = self.state.step, self.state.evaluated_step
-        is_left_out = evaluated is not None and evaluated < step  # an older checkpoint does not say
-        return step > 0 and self._is_due(step) and is_left_out
+        return self.state.is_unevaluated and self._is_due(self.state.step)
 
     def catch_up(self) -> None:
         """Evaluate what the run goes on from. A collective.

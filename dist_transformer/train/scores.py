@@ -14,6 +14,7 @@ from dist_transformer.config import Metric, TextMetric
 from dist_transformer.data.token_ids import EOS_ID, PAD_ID
 from dist_transformer.errors import DataError
 from dist_transformer.generate.ensemble import Scorer
+from dist_transformer.generate.text import longest_sequence
 from dist_transformer.scoring import Grouped, Score, group_by_source, score_texts
 from dist_transformer.train.decode import decode_lines, read_lines, set_threads
 from dist_transformer.train.trained_run import Choice, TrainedRun
@@ -194,10 +195,8 @@ def reference_scores(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> dict[
 
 def _encoded(run: TrainedRun, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Ids of both sides with EOS, short ones first; what is beyond the run's rows is left out, and that is said."""
-    longest = run.scorer.max_positions or sys.maxsize
-    limits = [
-        min(limit, longest) for limit in (run.config.data.max_source_len, run.config.data.max_target_len)
-    ]
+    data = run.config.data
+    limits = [longest_sequence(run.scorer, limit) for limit in (data.max_source_len, data.max_target_len)]
     whole = [(run.tokenizer.encode(source), run.tokenizer.encode(reference)) for source, reference in pairs]
     if n_cut := sum(len(reference) >= limits[1] for _, reference in whole):
         print(

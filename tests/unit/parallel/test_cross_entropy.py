@@ -43,6 +43,17 @@ def reference(
     return smoothed + z_loss * z_term, F.cross_entropy(logits, targets, **options)
 
 
+def check(loss: TokenLoss, hidden: Tensor, weight: Tensor, expected: Tensor, expected_plain: Tensor) -> None:
+    """Values and gradients, in float64."""
+    # Not 1: the gradient that arrives from behind must be used.
+    d_hidden, d_weight = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    (3.0 * loss.objective).backward()
+    torch.testing.assert_close(loss.objective, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 7, 36, 37, 1000])
 @pytest.mark.parametrize("cached", [2**18, 300, 10], ids=["one block", "blocks", "single rows"])
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
@@ -53,8 +64,6 @@ def test_equals_torch(
     monkeypatch.setattr(cross_entropy, "_CACHED", cached)
     hidden, weight, targets = inputs()
     expected, expected_plain = reference(hidden, weight, targets, label_smoothing, z_loss)
-    # Not 1: the gradient that arrives from behind must be used.
-    d_hidden, d_weight = torch.autograd.grad(3.0 * expected, (hidden, weight))
     loss = linear_cross_entropy(
         hidden,
         weight,
@@ -64,11 +73,7 @@ def test_equals_torch(
         z_loss=z_loss,
         chunk_rows=chunk_rows,
     )
-    (3.0 * loss.objective).backward()
-    torch.testing.assert_close(loss.objective, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
-    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
+    check(loss, hidden, weight, expected, expected_plain)
 
 
 def twin_reference(
@@ -94,7 +99,6 @@ def test_twins_are_drawn_together(
     monkeypatch.setattr(cross_entropy, "_CACHED", cached)
     hidden, weight, targets = twins()
     expected, expected_plain = twin_reference(hidden, weight, targets, label_smoothing, z_loss, r_drop=5.0)
-    d_hidden, d_weight = torch.autograd.grad(3.0 * expected, (hidden, weight))
     loss = linear_cross_entropy(
         hidden,
         weight,
@@ -105,11 +109,7 @@ def test_twins_are_drawn_together(
         r_drop=5.0,
         chunk_rows=chunk_rows,
     )
-    (3.0 * loss.objective).backward()
-    torch.testing.assert_close(loss.objective, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss.cross_entropy, expected_plain, rtol=1e-12, atol=0)
-    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(weight.grad, d_weight, rtol=1e-12, atol=1e-12)
+    check(loss, hidden, weight, expected, expected_plain)
     is_correct = ((hidden @ weight.T).argmax(-1) == targets) & (targets != 0)
     assert torch.equal(loss.is_correct, is_correct) and loss.n_correct == is_correct.sum() / 2
     assert loss.n_tokens == (targets != 0).sum() / 2
