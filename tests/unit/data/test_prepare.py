@@ -237,7 +237,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
         import os, time
         from dist_transformer.data.pool import Workers
         def task(seconds):
-            print(os.getpid(), flush=True)
+            os.write(1, b"%d\\n" % os.getpid())  # in one piece: an unbuffered print writes the line's end apart
             time.sleep(seconds)
         if __name__ == "__main__":
             with Workers(2) as workers:
