@@ -73,8 +73,9 @@ class TrainConfig(Section):
     """Largest global gradient norm; 0: no clipping."""
     max_bad_steps: PositiveInt = 10
     """The run stops after so many updates in a row that were skipped for a non-finite loss or gradient."""
-    loss_chunk_rows: PositiveInt = 1280
-    """Target positions whose logits exist at the same time: bounds the memory of the output projection."""
+    loss_chunk_rows: PositiveInt | None = None
+    """Target positions whose logits exist at the same time: bounds the memory of the output projection. null: 1280 on
+    GPUs, 384 on CPUs."""
     compile: bool = False
     """Compile each layer with torch.compile, which adds a minute to the start. For GPUs; on CPUs it was slower."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)

@@ -15,6 +15,8 @@ from dist_transformer.parallel.regions import TensorParallel
 
 _LEAST_SCALE = 1e-30
 """Least factor of a row's gradient; its reciprocal is a float32 and a bfloat16 too."""
+_CHUNK_ROWS, _CHUNK_ROWS_ON_CPU = 1280, 384
+"""Of small models' logits, many CPUs' caches keep so many rows until their gradients' products have read them."""
 _CACHED = 2**18
 """Logits that a core keeps at hand: a float32 MiB."""
 
@@ -43,7 +45,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     r_drop: float = 0.0,
-    chunk_rows: int = 1280,
+    chunk_rows: int | None = None,
     tp: TensorParallel | None = None,
 ) -> TokenLoss:
     """Loss of `softmax(hidden W^T)` against targets.
@@ -59,6 +61,7 @@ def linear_cross_entropy(
     Gradients of hidden and weight are computed with the loss, chunk by chunk, in one pass over the logits.
 
     Args:
+        chunk_rows: at most so many rows' logits exist at a time; None: as many as pay on the device.
         tp: ranks of which each has an equal part of the vocabulary, in order: `weight_VD` is this rank's part
             [V/tp, D]. Every rank gets the whole loss, and its part of the sum that is the gradient of `hidden_ND`:
             `parallel.regions.enter` adds them. One small exchange a chunk; with `r_drop` another.
@@ -71,6 +74,8 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         # Inside `forward` a weight asks for its gradient even where nobody will take it.
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    if chunk_rows is None:
+        chunk_rows = _CHUNK_ROWS_ON_CPU if hidden_ND.device.type == "cpu" else _CHUNK_ROWS
     options = _Options(ignore_id, label_smoothing, z_loss, r_drop, chunk_rows, tp)
     sums = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options)  # type: ignore[no-untyped-call]
     loss = TokenLoss(*sums)
