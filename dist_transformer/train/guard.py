@@ -22,7 +22,7 @@ from dist_transformer.tracking.exits import (
 )
 from dist_transformer.tracking.heartbeats import clear_beats
 from dist_transformer.tracking.startup import StartClock, describe_start, record_start
-from dist_transformer.tracking.switches import SAVE_NAME, STOP_NAME, is_set, take_away
+from dist_transformer.tracking.switches import SAVE_NAME, STOP_NAME, ask_to_stop, is_set, take_away
 from dist_transformer.train.faults import StopSignals
 from dist_transformer.train.hooks import Outlets
 from dist_transformer.train.preflight import describe_facts, run_preflight
@@ -110,14 +110,19 @@ class Guard:
     def stop_requested(self) -> bool:
         """Whether this rank knows of a wish to stop: a signal, the dashboard, the switch file."""
         self._look_at_switches()
-        on_dashboard = self.outlets.log is not None and self.outlets.log.stop_requested
-        return self.signals.received is not None or on_dashboard or self._stop_switch
+        return self.signals.received is not None or self._stop_on_dashboard or self._stop_switch
 
     @property
     def stop_is_known(self) -> bool:
-        """Whether a wish to stop has come in a way in which every rank learns of it by itself."""
+        """Whether a wish to stop has come in a way in which every rank learns of it by itself.
+
+        Of one on the dashboard rank zero alone knows: it sets the switch file for the others.
+        """
         if self.mesh.world_size == 1:
             return self.stop_requested
+        if self._stop_on_dashboard and not self._stop_switch:
+            ask_to_stop(self.run_dir)
+            self._stop_switch = True
         self._look_at_switches(everywhere=True)
         return self.signals.received is not None or self._stop_switch
 
@@ -137,7 +142,13 @@ class Guard:
         """What asked the run to stop, as far as this rank knows."""
         if self.signals.received is not None:
             return self.signals.received
-        return f"the file {STOP_NAME}" if self._stop_switch else "another rank or the dashboard"
+        if self._stop_on_dashboard:
+            return "the dashboard"
+        return f"the file {STOP_NAME}" if self._stop_switch else "another rank"
+
+    @property
+    def _stop_on_dashboard(self) -> bool:
+        return self.outlets.log is not None and self.outlets.log.stop_requested
 
     def _time_start(self, phase: str) -> None:
         if self.clock.is_over:
