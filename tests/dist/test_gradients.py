@@ -33,6 +33,7 @@ class Split:
     tp_degree: int = 1
     sequence_parallel: bool = True
     compile: bool = False
+    r_drop: float = 0.0
 
 
 @dataclass
@@ -55,7 +56,14 @@ def config_of(preset: str, split: Split, n_rows: int, **model: Any) -> Config:
     return build_config(
         {
             "run": {"dir": "unused"},
-            "model": {"preset": preset, "vocab_size": VOCAB, "dropout": 0.0, **small, **model},
+            # Twins want some dropout; this one never happens.
+            "model": {
+                "preset": preset,
+                "vocab_size": VOCAB,
+                "dropout": 1e-12 if split.r_drop else 0.0,
+                **small,
+                **model,
+            },
             "data": {"train": "unused"},
             "train": {
                 "steps": 10,
@@ -63,6 +71,7 @@ def config_of(preset: str, split: Split, n_rows: int, **model: Any) -> Config:
                 "micro_batch_size": split.micro_batch_size,
                 "precision": split.precision,
                 "compile": split.compile,
+                "r_drop": split.r_drop,
                 "label_smoothing": 0.1,
                 "z_loss": 1e-3,
                 "clip": 0.5,
@@ -134,6 +143,8 @@ def outcome(mesh: Mesh, preset: str, split: Split) -> Outcome:
     n_rows = batch.encoder_input_tokens.shape[0]
     n_target_tokens = int((batch.decoder_target_tokens != PAD_ID).sum())
     engine = Engine(config_of(preset, split, n_rows), mesh)
+    if split.r_drop:
+        engine.model.decoder.register_forward_hook(tell_twins_apart)
     share = n_rows // mesh.dp_size
     starts = range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share, split.micro_batch_size)
     micro_batches = [part(batch, start, start + split.micro_batch_size) for start in starts]
@@ -149,6 +160,12 @@ def outcome(mesh: Mesh, preset: str, split: Split) -> Outcome:
             torch.distributed.all_reduce(total, group=mesh.dp_group)
         found.losses.append(float(total[0]) / n_target_tokens)
     return found
+
+
+def tell_twins_apart(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+    """In place of dropout, which is another one in every split: the second half of the rows is a little more."""
+    first, second = output.chunk(2)
+    return torch.cat([first, second + second.roll(1, dims=-1)])
 
 
 def outcomes(mesh: Mesh, preset: str, splits: list[Split]) -> list[Outcome]:
@@ -224,3 +241,32 @@ def test_bf16_follows_fp32_in_every_stage() -> None:
     for split, actual in zip(splits, run_ranks(2, outcomes, "modern_small", splits)[0], strict=True):
         assert actual.losses == pytest.approx(expected.losses, rel=1e-2), split
         assert actual.losses[-1] < actual.losses[0]
+
+
+def test_twins_give_the_same_step_however_it_is_split() -> None:
+    """R-Drop: both of a pair are in one micro-batch, and their divergence counts once for each target."""
+    one_rank = [
+        Split(micro_batch_size=2, r_drop=3.0),
+        Split(zero_stage=2, packed=True, recompute="full", r_drop=3.0),
+    ]
+    two_ranks = [
+        Split(ranks=2, micro_batch_size=micro_batch_size, zero_stage=stage, r_drop=3.0)
+        for stage, micro_batch_size in [(0, 4), (1, 2), (2, 2), (3, 4)]
+    ]
+    shared = Split(ranks=2, tp_degree=2, micro_batch_size=4, r_drop=3.0)
+    in_bf16 = [replace(split, precision="bf16") for split in two_ranks]
+    [[without, expected, *found]] = run_ranks(
+        1, outcomes, "modern_small", [Split(r_drop=1e-9), Split(r_drop=3.0), *one_rank]
+    )
+    # Thirty times what is allowed below.
+    assert expected.losses != pytest.approx(without.losses, rel=3e-3), "twins do not diverge"
+    for split, actual in zip(one_rank, found, strict=True):
+        compare(actual, expected, split)
+    on_two = run_ranks(2, outcomes, "modern_small", two_ranks + in_bf16)[0]
+    for split, actual in zip(two_ranks, on_two, strict=False):
+        compare(actual, expected, split)
+    for split, actual in zip(in_bf16, on_two[len(two_ranks) :], strict=True):
+        assert actual.losses == pytest.approx(expected.losses, rel=1e-2), split
+    [of_shared] = run_ranks(2, outcomes, "modern_small", [shared], tp_degree=2)[0]
+    assert of_shared.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert of_shared.grad_norm == pytest.approx(expected.grad_norm, rel=RELATIVE)
