@@ -25,7 +25,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_sections.plan import COMPILED, MODES, PRESETS, Section, Setting, chosen, plan
+from benchmarks.gpu_sections.plan import (
+    COMPILED,
+    COMPILED_FLEX,
+    FLEX,
+    MODES,
+    PRESETS,
+    Section,
+    Setting,
+    chosen,
+    plan,
+)
 from benchmarks.gpu_sections.report import best_of, describe, targets, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +219,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, help="pairs to train on instead of made-up ones")
     parser.add_argument("--presets", nargs="+", help=f"default: {' '.join(PRESETS)}")
     parser.add_argument(
-        "--modes", nargs="+", choices=(*MODES, "every_n", COMPILED), help=f"default: {' '.join(MODES)}"
+        "--modes",
+        nargs="+",
+        choices=(*MODES, "every_n", COMPILED, FLEX, COMPILED_FLEX),
+        help=f"default: {' '.join(MODES)}",
     )
     parser.add_argument("--only", nargs="+", default=[], help="sections, as patterns: environment 'hf/*'")
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_sections.measure import Figures, Peaks, search, time_size
-from benchmarks.gpu_sections.plan import COMPILED, LARGEST, Setting
+from benchmarks.gpu_sections.plan import COMPILED, COMPILED_FLEX, FLEX, LARGEST, Setting
 from benchmarks.gpu_sections.rows import Pool
 from benchmarks.gpu_sections.task import Task, UnavailableError
 from dist_transformer.config import Config, build_config, preset_names
@@ -40,7 +40,7 @@ def config_of(
         model |= {"n_encoder_layers": 2, "n_decoder_layers": 2}
         if preset.startswith("modern"):
             model["n_kv_heads"] = 2
-    policy = "none" if mode == COMPILED else mode
+    policy = "none" if mode in (COMPILED, FLEX, COMPILED_FLEX) else mode
     tree = {
         "run": {"dir": "unused"},
         "model": model,
@@ -54,7 +54,8 @@ def config_of(
             "global_batch_size": rows * micro_batches,
             "micro_batch_size": rows,
             "precision": precision,
-            "compile": mode == COMPILED,
+            "compile": mode in (COMPILED, COMPILED_FLEX),
+            "attention": "flex" if mode in (FLEX, COMPILED_FLEX) else "sdpa",
         },
         "optimizer": {"lr": 1e-4, "schedule": "constant", "warmup_steps": 0},
         "parallel": {"zero_stage": 1},

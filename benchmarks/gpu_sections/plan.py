@@ -9,10 +9,10 @@ PRESETS = ("modern_large", "t5_v1_1_large", "t5_v1_1_base")
 """Most wanted first: where time runs out, the last ones are left out."""
 MODES = ("none", "selective", "full")
 """Of recomputation."""
-COMPILED = "compile"
-"""The mode without recomputation whose layers are compiled."""
+COMPILED, FLEX, COMPILED_FLEX = "compile", "flex", "compile_flex"
+"""Modes without recomputation: compiled layers, FlexAttention, both."""
 COMPILED_ROWS = 64
-"""The first size of that mode."""
+"""The first size of compiled modes."""
 LARGEST = "largest"
 """Stands for the largest preset whose states the device holds."""
 
@@ -84,7 +84,8 @@ def plan(
     """All sections: what is asked for most stands first, so that the end of the time takes the rest."""
     if setting.tiny:
         return _tiny_plan(setting, presets or PRESETS[:2], modes)
-    compiled = () if modes else (COMPILED,)  # a mode like others to whoever names modes
+    # Modes like others to whoever names modes.
+    compiled, flex = ((), ()) if modes else ((COMPILED,), (COMPILED_FLEX,))
     presets, modes = presets or PRESETS, modes or MODES
     first, others = presets[:2], presets[2:]
     return [
@@ -93,6 +94,7 @@ def plan(
         Section("parity", "parity", 120, 30),
         *_trained(setting, first, modes[:1]),
         *_trained(setting, first, compiled),
+        *_trained(setting, first, flex),
         *_peers(first, False),
         *(Section(f"attention/{preset}", "attention", 100, 25, {"preset": preset}) for preset in first),
         *(Section(f"profile/{preset}", "profile", 130, 40, {"preset": preset}) for preset in first),
@@ -136,8 +138,9 @@ def _trained(
         for mode in modes:
             arguments = {"preset": preset, "mode": mode, **(more or {})}
             # Most of the largest one's time goes into drawing its weights, of a compiled one's into compiling.
-            limit_s, least_s = (150, 70) if preset == LARGEST or mode == COMPILED else (75, 30)
-            if mode == COMPILED and not setting.tiny:
+            is_compiled = mode in (COMPILED, COMPILED_FLEX)
+            limit_s, least_s = (150, 70) if preset == LARGEST or is_compiled else (75, 30)
+            if is_compiled and not setting.tiny:
                 arguments.setdefault(
                     "first_rows", COMPILED_ROWS
                 )  # each size is compiled anew: few can be tried

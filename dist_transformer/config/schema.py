@@ -76,6 +76,10 @@ class TrainConfig(Section):
     loss_chunk_rows: PositiveInt | None = None
     """Target positions whose logits exist at the same time: bounds the memory of the output projection. null: 1280 on
     GPUs, 384 on CPUs."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """Training's attention. sdpa: torch's fused kernels, which compute all pairs of a row and hide those of different
+    samples. flex: FlexAttention, compiled at the first step, which leaves out blocks of such pairs; GPUs only, packed
+    rows, no dropout of attention's weights. It has not been run on a GPU yet."""
     compile: bool = False
     """Compile each layer with torch.compile, which adds a minute to the start. For GPUs; on CPUs it was slower."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -291,6 +295,8 @@ class Config(Section):
             problems.append(
                 "train.r_drop needs dropout: without it both passes are the same; set model.dropout, or train.r_drop=0"
             )
+        if self.train.attention == "flex":
+            problems += _flex_problems(self)
         if self.train.compile:
             problems += _compile_problems(self)
         problems += _tensor_parallel_problems(self.model, self.parallel.tp_degree)
@@ -308,6 +314,20 @@ def _has_dropout(model: ModelConfig) -> bool:
     """Whether two passes of the same rows can differ."""
     inside = (model.dropout if own is None else own for own in (model.attention_dropout, model.ffn_dropout))
     return any([*inside, model.stack("encoder").dropout, model.stack("decoder").dropout])
+
+
+def _flex_problems(config: Config) -> list[str]:
+    """What FlexAttention does not go with."""
+    dropped = (
+        config.model.dropout if config.model.attention_dropout is None else config.model.attention_dropout
+    )
+    problems = {
+        "model.attention_dropout=0: its kernels have no dropout": bool(dropped),
+        "data.packing=true: its kernels are compiled for rows of one shape": not config.data.packing,
+        "recompute none, full or every_n: selective recomputation looks at single operations": "selective"
+        in (config.recompute.encoder, config.recompute.decoder),
+    }
+    return [f"train.attention=flex needs {needed}" for needed, is_missing in problems.items() if is_missing]
 
 
 def _compile_problems(config: Config) -> list[str]:

@@ -23,7 +23,7 @@ from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.model.initialize import fill
-from dist_transformer.parallel.compile import compile_layers
+from dist_transformer.parallel.compile import compile_layers, use_flex_attention
 from dist_transformer.parallel.cross_entropy import TokenLoss
 from dist_transformer.parallel.mesh import Mesh
 from dist_transformer.parallel.random import first_seed
@@ -60,6 +60,8 @@ class Engine:
         self.tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)
         model = build_part(config, mesh, self.tp, self.deepspeed_config, weights)
         self.n_parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+        if config.train.attention == "flex":
+            use_flex_attention(model, mesh.device)
         if config.train.compile:
             compile_layers(model)
         apply_recompute(model, config.recompute)

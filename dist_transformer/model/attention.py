@@ -1,6 +1,7 @@
 """Multi-head attention (the paper, section 3.2) and what a query may attend to."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,12 @@ from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig, StackConfig
 from dist_transformer.model.dropout import dropout
+from dist_transformer.model.flex import FlexMask
 from dist_transformer.model.layers import Project
 from dist_transformer.model.positions import Rotation
 
+Kernel = Literal["sdpa", "flex"]
+"""What computes attention: torch's scaled_dot_product_attention, or `FlexMask`."""
 _LEAST_QUERIES = 4
 """CPUs add up products of fewer rows in another order: with so many, a result does not depend on who else asks."""
 
@@ -58,20 +62,22 @@ class MultiHeadAttention(nn.Module):
         return self._keys_values(self.k_proj(memory_BSD), self.v_proj(memory_BSD), None)
 
     def forward(
-        self, q_BHTK: Tensor, keys_values: tuple[Tensor, Tensor], scores_mask: Tensor | None
+        self, q_BHTK: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | FlexMask | None
     ) -> Tensor:
         """Attend from queries to keys and values; returns [B, T, D].
 
         Args:
-            scores_mask: broadcastable to [B, H, T, S], added to the scores: see `scores_mask` below.
+            mask: what `build_mask` gives; a tensor is broadcastable to [B, H, T, S] and added to the scores.
         """
         k_BHSK, v_BHSK = keys_values
-        if self.n_groups > 1:
-            k_BHSK = k_BHSK.repeat_interleave(self.n_groups, dim=1)
-            v_BHSK = v_BHSK.repeat_interleave(self.n_groups, dim=1)
-        heads_BHTK = _attend(
-            q_BHTK, k_BHSK, v_BHSK, scores_mask, self.scale, self.dropout if self.training else 0.0
-        )
+        if isinstance(mask, FlexMask):
+            heads_BHTK = mask.attend(q_BHTK, k_BHSK, v_BHSK, self.scale)
+        else:
+            if self.n_groups > 1:
+                k_BHSK = k_BHSK.repeat_interleave(self.n_groups, dim=1)
+                v_BHSK = v_BHSK.repeat_interleave(self.n_groups, dim=1)
+            dropped = self.dropout if self.training else 0.0
+            heads_BHTK = _attend(q_BHTK, k_BHSK, v_BHSK, mask, self.scale, dropped)
         out_BTD: Tensor = self.o_proj(heads_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 
@@ -148,6 +154,21 @@ def _attend_by_products(
         scores_BHTS = scores_BHTS.add_(scores_mask)
     weights_BHTS = dropout(scores_BHTS.softmax(dim=-1), dropped, True)
     return torch.bmm(weights_BHTS.flatten(0, 1), v_XSK).view(n_rows, n_heads, n_queries, head_dim)
+
+
+def build_mask(
+    query_segments_BT: Tensor,
+    key_segments_BS: Tensor,
+    bias_1HTS: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    causal: bool = False,
+    kernel: Kernel = "sdpa",
+) -> Tensor | FlexMask:
+    """What all layers of a stack attend by: who may see whom, and a bias on the scores."""
+    if kernel == "flex":
+        return FlexMask(query_segments_BT, key_segments_BS, causal, bias_1HTS)
+    return scores_mask(may_attend(query_segments_BT, key_segments_BS, causal), bias_1HTS, dtype)
 
 
 def may_attend(query_segments_BT: Tensor, key_segments_BS: Tensor, causal: bool = False) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig
-from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
+from dist_transformer.model.attention import Kernel, MultiHeadAttention, build_mask
 from dist_transformer.model.cache import KeyValueCache, LayerCache
 from dist_transformer.model.dropout import dropout
+from dist_transformer.model.flex import FlexMask
 from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
@@ -30,8 +31,8 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         memory_BSD: Tensor,
-        self_mask: Tensor,
-        cross_mask: Tensor,
+        self_mask: Tensor | FlexMask,
+        cross_mask: Tensor | FlexMask,
         rotation: Rotation | None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]: all target positions at once."""
@@ -89,6 +90,7 @@ class Decoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.config, self.stack = model, model.stack("decoder")
+        self.kernel: Kernel = "sdpa"  # of attention in training, as the encoder's
         self.input = StackInput(model, self.stack)
         self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
@@ -115,8 +117,10 @@ class Decoder(nn.Module):
         memory_BSD = self.memory_input(memory_BSD)
         row = torch.arange(length, device=x_BTD.device)
         bias = None if self.relative_bias is None else self.relative_bias(row, row)
-        self_mask = scores_mask(may_attend(segment_ids_BT, segment_ids_BT, causal=True), bias, x_BTD.dtype)
-        cross_mask = scores_mask(may_attend(segment_ids_BT, memory_segment_ids_BS), None, x_BTD.dtype)
+        kernel = self.kernel if self.training else "sdpa"
+        dtype = x_BTD.dtype
+        self_mask = build_mask(segment_ids_BT, segment_ids_BT, bias, dtype, causal=True, kernel=kernel)
+        cross_mask = build_mask(segment_ids_BT, memory_segment_ids_BS, None, dtype, kernel=kernel)
         rotation = self._rotation(positions_BT, length)
         x_BTD = self.input(x_BTD, positions_BT, length)
         for layer in self.layers:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_transformer.config import ModelConfig
-from dist_transformer.model.attention import MultiHeadAttention, may_attend, scores_mask
+from dist_transformer.model.attention import Kernel, MultiHeadAttention, build_mask
 from dist_transformer.model.dropout import dropout
+from dist_transformer.model.flex import FlexMask
 from dist_transformer.model.layers import AddNorm, FeedForward, StackInput, build_norm
 from dist_transformer.model.positions import RelativeBias, Rotation
 
@@ -21,7 +22,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(model, stack)
         self.feed_forward_residual = AddNorm(model, stack)
 
-    def forward(self, x_BSD: Tensor, mask: Tensor, rotation: Rotation | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, mask: Tensor | FlexMask, rotation: Rotation | None) -> Tensor:
         """[B, S, D] to [B, S, D]."""
 
         def attend(y_BSD: Tensor) -> Tensor:
@@ -40,6 +41,8 @@ class Encoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.config, self.stack = model, model.stack("encoder")
+        self.kernel: Kernel = "sdpa"
+        """Of attention in training; decoding and evaluation, whose shapes change, have SDPA."""
         self.input = StackInput(model, self.stack)
         self.layers = nn.ModuleList(EncoderLayer(model) for _ in range(self.stack.n_layers))
         self.relative_bias = (
@@ -59,7 +62,8 @@ class Encoder(nn.Module):
             # Within a sample the difference of places in the row is the difference of positions.
             row = torch.arange(length, device=x_BSD.device)
             bias = self.relative_bias(row, row)
-        mask = scores_mask(may_attend(segment_ids_BS, segment_ids_BS), bias, x_BSD.dtype)
+        kernel = self.kernel if self.training else "sdpa"
+        mask = build_mask(segment_ids_BS, segment_ids_BS, bias, x_BSD.dtype, kernel=kernel)
         rotation = None
         if self.config.positions == "rotary":
             rotation = Rotation(positions_BS, length, self.stack.head_dim, self.config.rope_theta)

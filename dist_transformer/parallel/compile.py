@@ -29,6 +29,22 @@ def compile_layers(model: EncoderDecoder) -> None:
             layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
+def use_flex_attention(model: EncoderDecoder, device: torch.device) -> None:
+    """Train with FlexAttention, whose kernels are compiled at the first step.
+
+    Raises:
+        ConfigError: there is no GPU, or torch.compile would find no compiler.
+    """
+    if device.type == "cpu":
+        raise ConfigError("train.attention=flex needs a GPU: torch has no backward pass of it on CPUs")
+    if missing := missing_tool():
+        raise ConfigError(
+            f"train.attention=flex needs {missing}, which this machine lacks: install it, or take sdpa"
+        )
+    for stack in (model.encoder, model.decoder):
+        stack.kernel = "flex"
+
+
 def missing_tool() -> str | None:
     """What torch.compile needs of a machine, on CPUs and GPUs alike, and this one has not got."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):

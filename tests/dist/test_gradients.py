@@ -33,6 +33,7 @@ class Split:
     tp_degree: int = 1
     sequence_parallel: bool = True
     compile: bool = False
+    attention: str = "sdpa"
     r_drop: float = 0.0
 
 
@@ -71,6 +72,7 @@ def config_of(preset: str, split: Split, n_rows: int, **model: Any) -> Config:
                 "micro_batch_size": split.micro_batch_size,
                 "precision": split.precision,
                 "compile": split.compile,
+                "attention": split.attention,
                 "r_drop": split.r_drop,
                 "label_smoothing": 0.1,
                 "z_loss": 1e-3,

@@ -6,6 +6,7 @@ Unrun so far: written without a GPU at hand. Every test is skipped where there i
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,6 +129,46 @@ def test_training_steps(stage: int, precision: str, relative: float, preset: str
     assert losses[0] == pytest.approx(float(plain.cross_entropy), rel=relative)
     assert losses[2] < losses[0]
     assert all(math.isfinite(norm) for norm in norms)
+
+
+@pytest.mark.parametrize("preset", ["modern_small", "t5_v1_1_small"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-4), ("bf16", RELATIVE_BF16)])
+def test_flex_attention_changes_nothing(
+    precision: str, relative: float, compiled: bool, preset: str, mesh: Mesh
+) -> None:
+    """By itself, and inside compiled layers; with T5's bias, which learns through it."""
+    torch.compiler.reset()
+    plain = Split(zero_stage=1, precision=precision)
+    flex = replace(plain, attention="flex", compile=compiled)
+    (losses, norms), (expected_losses, expected_norms) = (
+        first_steps(split, mesh, preset) for split in (flex, plain)
+    )
+    assert losses == pytest.approx(expected_losses, rel=relative)
+    assert norms == pytest.approx(expected_norms, rel=5 * relative)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_through_flex_attention(preset: str) -> None:
+    """In float32, of rows as they are trained: its kernels round products to fewer bits than float32 has."""
+    shape = {"d_model": 256, "n_heads": 4, "head_dim": 64, "n_encoder_layers": 1, "n_decoder_layers": 1}
+    packs = [small.random_samples(12, seed=row) for row in range(2)]
+    inputs = {name: value.to(DEVICE) for name, value in small.rows_of(packs, 512, 114).items()}
+    is_target = inputs.pop("targets") != PAD_ID
+    found = []
+    for kernel in ("flex", "sdpa"):
+        model = small.small_model(preset, noise=0.02, **shape).to(DEVICE).train()
+        for stack in (model.encoder, model.decoder):
+            stack.kernel = kernel  # type: ignore[assignment]
+        model(**inputs)[is_target].square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    of_flex, expected = found
+    assert set(of_flex) == set(expected)
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (of_flex[name] - gradient).norm() < RELATIVE_BF16 * gradient.norm().clamp(min=1e-3 * total), (
+            name
+        )
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

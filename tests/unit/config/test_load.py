@@ -101,6 +101,22 @@ def test_what_compiled_layers_do_not_go_with(tree: dict[str, Any], needed: str) 
 
 
 @pytest.mark.parametrize(
+    ("tree", "needed"),
+    [
+        ({"model": {"dropout": 0.1}}, "model.attention_dropout=0"),
+        ({"model": {"attention_dropout": 0.1}}, "model.attention_dropout=0"),
+        ({"data": {"train": "x", "packing": False}}, "data.packing=true"),
+        ({"recompute": {"encoder": "selective"}}, "recompute none, full or every_n"),
+    ],
+)
+def test_what_flex_attention_does_not_go_with(tree: dict[str, Any], needed: str) -> None:
+    flex = {**MINIMAL, "train": {"steps": 1, "attention": "flex"}, "model": {"dropout": 0.0}}
+    build_config(flex)
+    [found] = problems_of({**flex, **tree})
+    assert f"train.attention=flex needs {needed}" in found
+
+
+@pytest.mark.parametrize(
     ("tree", "path", "meant"),
     [
         ({"trian": {}}, "trian", "train"),
