@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Environment of every rank; sourced by local.sh and node.sh. Each line with its reason; edit for your cluster.
+# Environment of every rank; sourced by the scripts in launch/ and slurm/. Each line with its reason; edit for your cluster.
 
 # One thread a rank unless the caller knows better: ranks that each start a thread per core slow each other down.
+# node.sh gives the ranks of a node without GPUs their share of its cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Fast tokenizers start threads of their own, and warn when a loader process forks after that.
 export TOKENIZERS_PARALLELISM=false

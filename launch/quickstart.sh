@@ -55,7 +55,7 @@ Done. Where to look next:
   $picture               the loss curve
   $run/metrics.jsonl          every figure, a JSON object a line
   $run/samples/               held-out text with the gaps that the model filled
-  $run/wandb/                 the dashboard run; upload with: $bin/wandb sync $run/wandb/offline-run-*
+  $run/wandb/                 the dashboard run; upload an offline one with: $bin/dist-transformer track sync $run
 Try it:
   echo 'def __init__(self, ___):' | $bin/dist-transformer generate $run
   launch/local.sh configs/quickstart.yaml --nproc $ranks train.steps=2000  # goes on from the checkpoint

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dist_transformer.cli.parsing import WEIGHTS, Commands, add_command, not_negative, positive
+from dist_transformer.cli.parsing import OBJECTIVES, WEIGHTS, Commands, add_command, not_negative, positive
 from dist_transformer.errors import ConfigError
 
 _SEARCH = (
@@ -45,6 +45,11 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RUN_DIR",
         help="further runs with the same tokenizer: all decode together, by the mean of their probabilities",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="of a run that was trained for several: which (default: `generate` its first, `evaluate` pairs)",
     )
     parser.add_argument(
         "--beam-size", type=positive, metavar="N", help="1 is greedy (default: the run's generate.beam_size)"
@@ -115,7 +120,12 @@ def _generate(options: argparse.Namespace) -> None:
     from dist_transformer.train.generate_lines import Model, Reading, Writing, generate_lines
 
     model = Model(
-        Path(options.run_dir), decoding_of(options), choice_of(options), options.n_best, options.threads
+        Path(options.run_dir),
+        decoding_of(options),
+        choice_of(options),
+        options.n_best,
+        options.threads,
+        options.objective,
     )
     generate_lines(
         model,

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 from dist_transformer.cli.generate import add_weights, choice_of
-from dist_transformer.cli.parsing import Commands, add_command
+from dist_transformer.cli.parsing import OBJECTIVES, Commands, add_command
 
 _TARGETS = ("huggingface", "ctranslate2", "safetensors")
 _FAMILIES = ("t5", "marian", "pegasus", "bart", "mbart")
-_OBJECTIVES = ("pairs", "span_corruption", "ul2", "prefix_lm")
 
 
 def add_interop(commands: Commands) -> None:
@@ -53,7 +52,7 @@ def add_interop(commands: Commands) -> None:
     )
     importing.add_argument("--data", metavar="SHARDS", help="data.train of the configuration that is written")
     importing.add_argument(
-        "--objective", choices=_OBJECTIVES, default="pairs", help="what it does with a text (default: pairs)"
+        "--objective", choices=OBJECTIVES, default="pairs", help="what it does with a text (default: pairs)"
     )
     importing.add_argument("--overwrite", action="store_true", help="replace an import that is there")
 

@@ -10,6 +10,7 @@ METRICS = (
 )  # fmt: skip
 TOKENIZERS = ("13a", "none", "intl", "char", "zh")
 WEIGHTS = ("current", "ema")
+OBJECTIVES = ("pairs", "span_corruption", "ul2", "prefix_lm")
 
 
 class Parser(argparse.ArgumentParser):

@@ -165,6 +165,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.threads,
         Scoring(options.metrics, options.tokenize, options.lowercase, options.group_sources, options.ignore),
         choice_of(options),
+        options.objective,
     )
     if options.out is None:
         print(json.dumps(scores, ensure_ascii=False))

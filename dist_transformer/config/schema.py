@@ -88,7 +88,8 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """Be done when evaluations stop getting better."""
     init_from: str | None = None
-    """A run directory or checkpoint whose weights the first step starts from (fine-tuning)."""
+    """A run directory or checkpoint whose weights the first step starts from (fine-tuning): of a run the newest, the
+    trained ones. Its moving average is what `checkpoint average RUN_DIR --last 1 --weights ema` writes."""
 
 
 class OptimizerConfig(Section):

@@ -58,12 +58,15 @@ class LineDecoder:
     Args:
         decoding: fields over the run's `generate` section.
         n_best: outputs wanted for each line.
+        objective: which of a mixture's; None: its first corpus's.
 
     Raises:
-        ConfigError: the fields do not fit together.
+        ConfigError: the fields do not fit together, or the run was not trained for the objective.
     """
 
-    def __init__(self, run: TrainedRun, decoding: Mapping[str, object], n_best: int = 1) -> None:
+    def __init__(
+        self, run: TrainedRun, decoding: Mapping[str, object], n_best: int = 1, objective: str | None = None
+    ) -> None:
         self._run, self._n_best = run, n_best
         fields = run.config.generate.model_dump() | dict(decoding)
         try:
@@ -74,7 +77,7 @@ class LineDecoder:
             raise ConfigError(f"{name}: {problem['msg'].removeprefix('Value error, ')}") from None
         check_n_best(self._config, n_best)
         self._batch_tokens = self._config.batch_tokens
-        self._write = _writer(run)
+        self._write = _writer(run, objective)
         self.max_source_len = run.config.data.max_source_len
 
     def __call__(self, lines: Sequence[Line]) -> list[Decoded]:
@@ -134,9 +137,12 @@ def describe_cuts(lines: Sequence[Line], decoded: Sequence[Decoded], max_source_
     return [sentence for sentence in (cut, cut_prefixes) if sentence]
 
 
-def decode_lines(run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object]) -> list[str]:
+def decode_lines(
+    run: TrainedRun, lines: Sequence[str], decoding: Mapping[str, object], objective: str | None = None
+) -> list[str]:
     """One output line for each input line; what was cut is said on stderr."""
-    decoder, numbered = LineDecoder(run, decoding), [Line(i, line) for i, line in enumerate(lines)]
+    decoder = LineDecoder(run, decoding, objective=objective)
+    numbered = [Line(i, line) for i, line in enumerate(lines)]
     decoded = decoder(numbered)
     for warning in describe_cuts(numbered, decoded, run.config.data.max_source_len):
         print(f"dist-transformer: {warning}", file=sys.stderr)
@@ -148,10 +154,16 @@ def one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-def _writer(run: TrainedRun) -> Callable[..., Sequence[Generated | Filled]]:
-    """What the run's model was trained to do with a text; that of the first corpus of a mixture."""
+def _writer(run: TrainedRun, objective: str | None) -> Callable[..., Sequence[Generated | Filled]]:
+    """What the run's model was trained to do with a text; by default that of the first corpus of a mixture."""
     data = run.config.data
-    objective = data.corpora()[0].objective
+    trained = [str(corpus.objective) for corpus in data.corpora()]
+    if objective is None:
+        objective = trained[0]
+    elif objective not in trained:
+        raise ConfigError(
+            f"--objective {objective}: this run was trained for {', '.join(dict.fromkeys(trained))}"
+        )
     if objective == "pairs":
         return generate_texts
     if objective == "prefix_lm":

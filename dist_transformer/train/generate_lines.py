@@ -66,6 +66,7 @@ class Model:
     choice: Choice | None = None
     n_best: int = 1
     threads: int | None = None
+    objective: str | None = None
 
 
 def generate_lines(model: Model, reading: Reading, writing: Writing, nproc: int = 1) -> None:
@@ -195,7 +196,7 @@ _Decode = Callable[[Sequence[Line]], tuple[list[Decoded], int]]
 
 def _load(model: Model) -> _Decode:
     set_threads(model.threads)
-    decoder = LineDecoder(TrainedRun(model.path, model.choice), model.decoding, model.n_best)
+    decoder = LineDecoder(TrainedRun(model.path, model.choice), model.decoding, model.n_best, model.objective)
     return lambda lines: (decoder(lines), decoder.max_source_len)
 
 

@@ -44,11 +44,13 @@ def evaluate_files(
     threads: int | None,
     scoring: Scoring | None = None,
     choice: Choice | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Decode a source file and score it.
 
     Args:
         references: files of as many lines; several are several right answers for each source.
+        objective: which of a mixture's; None: pairs, if the run was trained for them, else its first corpus's.
 
     Returns:
         Every metric in percent, rounded to 2 digits; `loss`; `sentences` (sources that were decoded) and
@@ -70,7 +72,9 @@ def evaluate_files(
         return getattr(of_run, name) if given is None else given
 
     texts = group_by_source(lines.sources, lines.references) if option("group_sources") else lines
-    outputs = decode_lines(run, texts.sources, decoding)
+    if objective is None and any(corpus.objective == "pairs" for corpus in run.config.data.corpora()):
+        objective = "pairs"
+    outputs = decode_lines(run, texts.sources, decoding, objective)
     if output:
         _write("--output", Path(output), "".join(f"{line}\n" for line in outputs))
     metrics: Sequence[Metric] = option("metrics")

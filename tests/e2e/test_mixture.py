@@ -65,6 +65,40 @@ def test_the_same_rows_whatever_the_ranks_and_the_stops(tmp_path: Path, config: 
     assert set(samples) == {"step-00000008-en_de.txt", "step-00000008-text.txt"}
     assert all(text.count("output:") == 2 for text in samples.values())
 
+    check_objectives(whole, tmp_path)
+
     done = command("train", config, f"run.dir={whole}", "train.steps=12", "data.mixture.1.weight=9")
     assert done.returncode == 1
     assert "the share of en-de was 62.5 % of the rows and is 33.33 %" in done.stderr
+
+
+def check_objectives(run: Path, folder: Path) -> None:
+    """What a line is for can be said; by default the first corpus's, and of scores pairs'."""
+    # As if text had stood first.
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    mixture = tree["data"]["mixture"]
+    tree["data"]["mixture"] = [mixture[1], mixture[0], mixture[2]]
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "lines.txt").write_text("the dog ___\n")
+
+    def generated(*options: str) -> str:
+        done = command("generate", run, "--input", folder / "lines.txt", "--max-len", "4", *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert generated().startswith("the dog ") and generated("--objective", "span_corruption") == generated()
+    assert not generated("--objective", "pairs").startswith("the dog")
+    done = command("generate", run, "--input", folder / "lines.txt", "--objective", "ul2")
+    assert done.returncode == 2
+    assert "--objective ul2: this run was trained for span_corruption, pairs, prefix_lm" in done.stderr
+
+    def output_of(*options: str) -> str:
+        done = command(
+            "evaluate", run, "--source", folder / "lines.txt", "--reference", folder / "lines.txt",
+            "--output", folder / "out.txt", "--max-len", "4", *options,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return (folder / "out.txt").read_text()
+
+    assert output_of() == generated("--objective", "pairs")
+    assert output_of("--objective", "span_corruption") == generated()

@@ -8,8 +8,9 @@ from typing import get_args
 import pytest
 import sacrebleu
 
-from dist_transformer.cli.parsing import METRICS, TOKENIZERS, WEIGHTS
+from dist_transformer.cli.parsing import METRICS, OBJECTIVES, TOKENIZERS, WEIGHTS
 from dist_transformer.config import TextMetric, TokenMetric, Weights
+from dist_transformer.config.data import ObjectiveName
 from dist_transformer.config.evaluate import Tokenize
 from dist_transformer.scoring import group_by_source, lower_is_better, score_texts
 
@@ -172,3 +173,4 @@ def test_the_command_knows_what_the_configuration_knows() -> None:
     assert (*get_args(TextMetric), *get_args(TokenMetric)) == METRICS
     assert get_args(Tokenize) == TOKENIZERS
     assert get_args(Weights) == WEIGHTS
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
