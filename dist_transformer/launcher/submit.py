@@ -163,8 +163,7 @@ def job_environment(resources: Resources) -> dict[str, str]:
 def _check_nodes(config: Config, resources: Resources) -> None:
     """That ranks, batch sizes and lanes fit each number of nodes that the job may have."""
     corpora, n_shards = config.data.corpora(), {}
-    # A login node may not have the shards.
-    if all(Path(corpus.train).is_dir() for corpus in corpora):
+    if not _unseen(config):
         n_shards = {corpus.name or corpus.train: len(load_manifest(corpus.train).train) for corpus in corpora}
     problems: dict[int, UserError] = {}
     for nodes in resources.nodes:
@@ -185,6 +184,11 @@ def _check_nodes(config: Config, resources: Resources) -> None:
         f"--nodes {resources}: with {' or '.join(map(str, problems))} node(s) the run does not fit ({first}); "
         f"{'it would with ' + ' or '.join(fit) if fit else 'no number of these would'}"
     )
+
+
+def _unseen(config: Config) -> list[str]:
+    """Shards that only the job will look at: a login node may not have them; URLs and patterns are not read here."""
+    return [corpus.train for corpus in config.data.corpora() if not Path(corpus.train).is_dir()]
 
 
 def _keep_code_state(folder: Path) -> None:
@@ -212,7 +216,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """The job in one line for each number of nodes that it may have."""
+    """The job in one line for each number of nodes that it may have, and what was not looked at."""
     parallel, batch = plan.config.parallel, plan.config.train
     lines = []
     for nodes in plan.resources.nodes:
@@ -224,4 +228,6 @@ def describe_plan(plan: Plan) -> str:
             f"ZeRO {parallel.zero_stage}, {batch.global_batch_size} rows a step = "
             f"{dp_size} x {batch.micro_batch_size} x {micro_steps} micro-steps"
         )
+    if unseen := _unseen(plan.config):
+        lines.append(f"not a folder here, so that its lanes were not checked: {', '.join(unseen)}")
     return "\n".join(lines)
