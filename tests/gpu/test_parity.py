@@ -132,14 +132,14 @@ def test_training_steps(stage: int, precision: str, relative: float, preset: str
 
 
 @pytest.mark.parametrize("preset", ["modern_small", "t5_v1_1_small"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compiled", "recompute"), [(False, "none"), (True, "none"), (False, "full")])
 @pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-4), ("bf16", RELATIVE_BF16)])
 def test_flex_attention_changes_nothing(
-    precision: str, relative: float, compiled: bool, preset: str, mesh: Mesh
+    precision: str, relative: float, compiled: bool, recompute: str, preset: str, mesh: Mesh
 ) -> None:
-    """By itself, and inside compiled layers; with T5's bias, which learns through it."""
+    """By itself, inside compiled layers, and recomputed; with T5's bias, which learns through it."""
     torch.compiler.reset()
-    plain = Split(zero_stage=1, precision=precision)
+    plain = Split(zero_stage=1, precision=precision, recompute=recompute)
     flex = replace(plain, attention="flex", compile=compiled)
     (losses, norms), (expected_losses, expected_norms) = (
         first_steps(split, mesh, preset) for split in (flex, plain)
