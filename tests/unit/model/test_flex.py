@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 from dist_transformer.config import RecomputeConfig
@@ -58,27 +60,44 @@ def test_a_whole_model_is_what_it_is_with_sdpa(kind: str) -> None:
     compare(kind, model_of(kind, "flex"))
 
 
+def trace(model: EncoderDecoder, by_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, the kernel by itself or with its layer, up to the last stage of the compiler."""
+    torch.compiler.reset()
+    options: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": "aot_eager"}
+    if by_layer:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.forward = torch.compile(layer.forward, **options)
+    else:
+        traced = torch.compile(torch_flex.flex_attention, **options)
+        monkeypatch.setattr(flex, "_kernel", lambda device: traced)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("by_layer", [False, True])
 @pytest.mark.parametrize("preset", ["t5_v1_1_small", "modern_small"])
 def test_a_traced_kernel_loses_no_gradient(
     preset: str, by_layer: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, by itself or with its layer, up to the last stage of the compiler.
-
-    Recomputed too, where the plain formula of torch 2.13 gives no gradient of a bias, but whatever stands in memory.
-    """
-    torch.compiler.reset()
+    """Recomputed too, where torch 2.13's plain formula has no gradient of a bias, but whatever stands in memory."""
     model = model_of(preset, "flex")
-    if by_layer:
-        for layer in (*model.encoder.layers, *model.decoder.layers):
-            layer.forward = torch.compile(layer.forward, dynamic=False, fullgraph=True, backend="aot_eager")
-    else:
-        traced = torch.compile(torch_flex.flex_attention, dynamic=False, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(flex, "_kernel", lambda device: traced)
+    trace(model, by_layer, monkeypatch)
     if recompute:
         apply_recompute(model, RecomputeConfig(encoder="full", decoder="every_n", every=2))
     compare(preset, model)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_new_rows_are_no_new_program(by_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each stack's layers, or for each of three attentions: masks are made anew, and not compiled anew."""
+    model = model_of("t5_v1_1_small", "flex")
+    trace(model, by_layer, monkeypatch)
+    counters["stats"].clear()
+    for seed in range(3):
+        packs = [small.random_samples(3, seed=10 * seed + row) for row in range(2)]
+        inputs = small.rows_of(packs, 40, 32)
+        inputs.pop("targets")
+        model(**inputs).sum().backward()
+        assert counters["stats"]["unique_graphs"] == (2 if by_layer else 3)
 
 
 def test_evaluation_and_decoding_keep_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
