@@ -113,6 +113,8 @@ def ours(task: Task) -> None:
     """Tokens a second, MFU and memory of a preset with a way to recompute, at every size of the micro-batch."""
     setting, pool, peaks = task.setting, Pool(task.setting), Peaks.of(task)
     preset = task.arguments["preset"]
+    if setting.device != "cuda" and task.arguments["mode"] in (FLEX, COMPILED_FLEX):
+        raise UnavailableError("FlexAttention has no backward pass on CPUs")
     if preset == LARGEST:
         preset = largest_preset(setting, task.arguments["measured"], pool.vocab_size)
     config = config_of(
