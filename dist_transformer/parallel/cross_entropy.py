@@ -143,7 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
-        return d_hidden_ND * d_objective, d_weight_VD * d_objective, None, None
+        # In place: no second tensor of the weight's size. Autograd refuses a second backward pass of the same loss.
+        return d_hidden_ND.mul_(d_objective), d_weight_VD.mul_(d_objective), None, None
 
 
 class _Chunk(NamedTuple):

@@ -247,3 +247,12 @@ def test_never_more_logits_than_a_chunk() -> None:
         )
         loss.objective.backward()
     assert largest.n_elements == chunk_rows * vocab  # n_rows x vocab would be 32 times as many
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """Gradients are scaled where they lie: once. Never a wrong one."""
+    hidden, weight, targets = inputs()
+    objective = linear_cross_entropy(hidden, weight, targets, ignore_id=0).objective
+    objective.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        objective.backward()
