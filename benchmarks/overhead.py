@@ -34,11 +34,11 @@ from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.data.batch import Batch
 from dist_transformer.data.stream import TrainStream
 from dist_transformer.engine.engine import Engine
-from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.engine.optim import build_optimizer, learning_rate
 from dist_transformer.model import build_model
 from dist_transformer.model.initialize import initialize
 from dist_transformer.parallel.mesh import Mesh, open_mesh
+from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.regions import TensorParallel
 from dist_transformer.train import trainer
 from dist_transformer.train.agreement import agree

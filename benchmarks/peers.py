@@ -267,7 +267,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     report = trainer(options) if options.peer == "trainer" else loop(PEERS[options.peer], options)
-    print(json.dumps(report), flush=True)
+    # In one piece: torchrun's ranks write unbuffered into one file.
+    print(json.dumps(report) + "\n", end="", flush=True)
 
 
 if __name__ == "__main__":

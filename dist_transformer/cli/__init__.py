@@ -11,6 +11,7 @@ from dist_transformer.cli.data import add_data
 from dist_transformer.cli.interop import add_interop
 from dist_transformer.cli.jobs import add_jobs
 from dist_transformer.cli.parsing import Commands, Parser
+from dist_transformer.cli.plan import add_plan
 from dist_transformer.cli.prepare import add_prepare
 from dist_transformer.cli.run import add_runs
 from dist_transformer.cli.track import add_track
@@ -57,5 +58,6 @@ def build_parser() -> Parser:
     add_track(commands)
     add_checkpoint(commands)
     add_interop(commands)
+    add_plan(commands)
     add_jobs(commands)
     return parser

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import yaml
-
-from dist_transformer.config import Config, shipped_files
+from dist_transformer.config import Config
 from dist_transformer.config.layout import grad_accum_steps
 from dist_transformer.config.load import merge
+from dist_transformer.config.zero import stage_settings
 
 
 def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
     )
     tree = merge(
-        _stage_settings(config),
+        stage_settings(config),
         {
             "train_batch_size": train.global_batch_size,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -41,21 +40,6 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         # Reduced once an update: in bf16, as DeepSpeed would have it, the sums were rounded even on one rank.
         tree["communication_data_type"] = "fp32"
     return merge(tree, config.deepspeed)
-
-
-def _stage_settings(config: Config) -> dict[str, Any]:
-    """The shipped settings of the ZeRO stage: a file that people can read and override."""
-    parallel = config.parallel
-    name = (
-        f"zero_{parallel.zero_stage}_offload" if parallel.offload == "all" else f"zero_{parallel.zero_stage}"
-    )
-    tree = yaml.safe_load(
-        (shipped_files("configs") / "deepspeed" / f"{name}.yaml").read_text(encoding="utf-8")
-    )
-    assert isinstance(tree, dict)
-    if parallel.offload == "optimizer":
-        tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return tree
 
 
 def is_plain(config: Config) -> bool:

@@ -19,13 +19,13 @@ from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
 from dist_transformer.engine.layouts import set_layouts
 from dist_transformer.engine.masters import refresh_parameters, release_whole_parameters
-from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.model.initialize import fill
 from dist_transformer.parallel.compile import compile_layers, use_flex_attention
 from dist_transformer.parallel.cross_entropy import TokenLoss
 from dist_transformer.parallel.mesh import Mesh
+from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.random import first_seed
 from dist_transformer.parallel.recompute import apply_recompute
 from dist_transformer.parallel.regions import TensorParallel

@@ -1,4 +1,4 @@
-"""Bytes of a model's states on a rank: counted from its tensors, and by formula."""
+"""Bytes of a model's states on a rank, counted from its tensors; `plan.states` has the formulas."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,21 +38,6 @@ def state_bytes(engine: Engine) -> StateBytes:
         _count(_gradients(engine, optimizer), seen),
         _count(_optimizer_tensors(engine), seen),
     )
-
-
-def expected_bytes(
-    n_parameters: int, zero_stage: int, dp_size: int, tp_size: int = 1, ema: bool = False
-) -> float:
-    """By formula, for bf16 with fp32 master weights and gradients in bf16 (Rajbhandari et al. 2020, figure 1).
-
-    2 bytes of parameter, 2 of gradient, and 12 of master weight and Adam's two moments; ZeRO divides the last, the
-    last two, or all three by the data-parallel ranks, tensor parallelism all of them. A moving average is 4 more,
-    divided as the master weight is.
-    """
-    n = dp_size
-    per_parameter = (4.0 / (n if zero_stage else 1)) if ema else 0.0
-    per_parameter += {0: 16.0, 1: 4 + 12 / n, 2: 2 + 14 / n, 3: 16 / n}[zero_stage]
-    return per_parameter * n_parameters / tp_size
 
 
 def _parameters(engine: Engine) -> Iterator[Tensor]:
@@ -117,6 +102,3 @@ def _count(tensors: Iterator[Tensor], seen: set[int]) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
-
-
-__all__ = ["StateBytes", "expected_bytes", "state_bytes"]

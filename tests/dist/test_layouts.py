@@ -10,13 +10,14 @@ import torch
 from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config
 from dist_transformer.engine.engine import Engine
-from dist_transformer.engine.memory import StateBytes, expected_bytes, state_bytes
+from dist_transformer.engine.memory import StateBytes, state_bytes
 from dist_transformer.model import build_model
 from dist_transformer.parallel.regions import TensorParallel
+from dist_transformer.plan.live_bytes import LiveBytes
+from dist_transformer.plan.states import plan_states
 from tests.dist.harness import Mesh, run_ranks
 from tests.dist.layouts import N_ROWS, PRESETS, Case, Course, compare, config_of, courses
 from tests.dist.test_gradients import part, rows_of
-from tests.tools.live_bytes import LiveBytes
 
 # (ranks, tp) and, for each preset, the stages with and without sequence parallelism: each stage and each way thrice.
 LAYOUTS: dict[tuple[int, int], list[list[tuple[int, bool]]]] = {
@@ -78,7 +79,7 @@ def held(mesh: Mesh) -> list[tuple[int, StateBytes, int, float]]:
         batches = [
             part(rows, (2 * mesh.dp_rank + i) * size, (2 * mesh.dp_rank + i + 1) * size) for i in (0, 1)
         ]
-        with LiveBytes() as live:
+        with LiveBytes("cpu", grain=1) as live:
             engine = Engine(config_of(case, mesh), mesh)
             engine.train_step(batches, 50, 1)
             engine.set_learning_rate(2)
@@ -89,9 +90,8 @@ def held(mesh: Mesh) -> list[tuple[int, StateBytes, int, float]]:
             engine.deepspeed.step = step
             looks.append((state_bytes(engine), live.settled()))
         counted, alive = looks[0 if stage < 2 else 1]
-        found.append(
-            (stage, counted, alive, expected_bytes(engine.n_parameters, stage, mesh.dp_size, mesh.tp_size))
-        )
+        plan = plan_states(engine.config, engine.n_parameters // mesh.tp_size, 0, mesh.dp_size)
+        found.append((stage, counted, alive, plan.weights + plan.gradients + plan.optimizer))
     return found
 
 
@@ -103,7 +103,7 @@ def build_peak(mesh: Mesh) -> list[tuple[float, float]]:
         config = config_of(case, mesh)
         sizes = [parameter.numel() for parameter in build_model(config.model).parameters()]
         share = sum(sizes) / (mesh.tp_size * (mesh.dp_size if stage == 3 else 1))
-        with LiveBytes() as live:
+        with LiveBytes("cpu", grain=1) as live:
             settings = build_deepspeed_config(config, mesh.dp_size)
             model = build_part(config, mesh, TensorParallel.of(mesh, True), settings)
             assert all(not parameter.is_meta for parameter in model.parameters())

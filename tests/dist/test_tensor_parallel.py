@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from dist_transformer.config import RecomputeConfig, TrainConfig
 from dist_transformer.data.batch import Batch
-from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.model import EncoderDecoder, build_model
 from dist_transformer.model.attention import may_attend, scores_mask
 from dist_transformer.model.initialize import fill
 from dist_transformer.model.positions import Rotation
 from dist_transformer.parallel import cross_entropy
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
+from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.random import first_seed, own_draws
 from dist_transformer.parallel.recompute import apply_recompute
 from dist_transformer.parallel.regions import TensorParallel, own_positions

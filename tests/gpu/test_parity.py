@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_transformer.data.token_ids import PAD_ID
 from dist_transformer.engine.engine import Engine
-from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.generate.search import beam_search
 from dist_transformer.model import EncoderDecoder, build_model, initialize
 from dist_transformer.parallel.cross_entropy import linear_cross_entropy
 from dist_transformer.parallel.mesh import Mesh, open_mesh
+from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.regions import TensorParallel
 from tests.dist.test_gradients import Split, config_of, rows_of
 from tests.unit.model import small

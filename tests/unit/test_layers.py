@@ -23,6 +23,7 @@ LAYERS = {
     "train": 5,
     "interop": 5,
     "launcher": 5,
+    "plan": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -8,7 +8,7 @@ from dist_transformer.config import RecomputeConfig
 from dist_transformer.config.schema import RecomputePolicy
 from dist_transformer.model import EncoderDecoder
 from dist_transformer.parallel.recompute import apply_recompute
-from tests.tools.live_bytes import LiveBytes
+from dist_transformer.plan.live_bytes import LiveBytes
 from tests.unit.model.small import PRESETS, random_samples, rows_of, small_model
 
 SELECTIVE_KEEPS = {"vaswani2017_base": 0.66, "t5_v1_1_small": 0.4, "modern_small": 0.35}
@@ -34,9 +34,9 @@ def step(model: EncoderDecoder) -> tuple[Tensor, dict[str, Tensor], int]:
     targets = inputs.pop("targets")
     torch.manual_seed(11)
     known = [*model.parameters(), *inputs.values()]
-    with LiveBytes([tensor.detach() for tensor in known]) as live:
+    with LiveBytes("cpu", grain=1, known=[tensor.detach() for tensor in known]) as live:
         hidden = model(**inputs)
-        n_bytes = live.now()
+        n_bytes = live.now
     loss = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten())
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

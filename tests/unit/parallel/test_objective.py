@@ -5,9 +5,9 @@ import torch
 
 from dist_transformer.config import TrainConfig, build_config
 from dist_transformer.data.batch import Batch
-from dist_transformer.engine.objective import TrainingModule
 from dist_transformer.errors import ConfigError
 from dist_transformer.parallel.cross_entropy import TokenLoss
+from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.regions import TensorParallel
 from tests.unit.model.small import random_samples, rows_of, small_model
 

@@ -1,0 +1,139 @@
+"""A plan for people, and for programs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dist_transformer.config import Config
+from dist_transformer.plan.planner import GIB, Plan, layout_of
+
+
+def describe(plan: Plan) -> list[str]:
+    """The layout, its memory and its time, a table each."""
+    memory, states = plan.memory, plan.memory.states
+    lines: list[str | None] = [
+        headline(plan),
+        "",
+        "memory of one GPU                                   GiB",
+        _row("weights", states.weights),
+        _row("  gathered for computing (ZeRO 3)", states.gathered),
+        _row("gradients", states.gradients),
+        _row("optimizer states", states.optimizer),
+        _row(
+            "gradients on their way (ZeRO buckets)",
+            (states.buckets if states.buckets_are == "always" else 0.0) + memory.buckets,
+        ),
+        _row("activations, at the moment that needs most", memory.activations),
+        _row("while the optimizer works, instead of activations", max(0.0, memory.update - memory.step)),
+        _row("CUDA, NCCL, fragments (assumed)", memory.reserved),
+        f"{'together':<48}{memory.total / GIB:>8.2f} of {memory.available / GIB:.1f}: {verdict(plan)}",
+        _row("CPU memory of a node, offloaded", plan.host_bytes),
+        "",
+        "time of one step                                     ms",
+    ]
+    time = plan.time
+    lines += [
+        _milliseconds("forward", time.forward),
+        _milliseconds("backward", time.backward),
+        _milliseconds("exchange between tensor-parallel ranks", time.tensor_parallel),
+        _milliseconds("exchange between replicas, not hidden", time.data_parallel),
+        _milliseconds("update", time.update),
+        _milliseconds("together", time.total),
+    ]
+    if plan.bound_by_host > 0.1:
+        lines.append(
+            f"In {100 * plan.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start the "
+            "next kernel: a larger micro-batch, or train.compile, does more at a time."
+        )
+    lines += ["", outlook(plan)]
+    return [line for line in lines if line is not None]
+
+
+def headline(plan: Plan) -> str:
+    """What is planned."""
+    config, cluster = plan.config, plan.cluster
+    return (
+        f"{plan.n_parameters / 1e6:,.1f} M parameters, {config.train.precision}, "
+        f"rows of {config.data.max_source_len} + {config.data.max_target_len}, "
+        f"on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: dp {plan.dp_size} x tp "
+        f"{config.parallel.tp_degree}, ZeRO {config.parallel.zero_stage}, "
+        f"{config.train.global_batch_size:,} rows a step = "
+        f"{plan.dp_size} x {config.train.micro_batch_size} x {plan.n_micro_steps} micro-steps"
+    )
+
+
+def verdict(plan: Plan) -> str:
+    """Fits, or by how much not."""
+    memory = plan.memory
+    if memory.fits:
+        return f"fits, {(memory.available - memory.total) / GIB:.1f} left"
+    return f"does not fit, {(memory.total - memory.available) / GIB:.1f} too much"
+
+
+def outlook(plan: Plan) -> str:
+    """Speed and length of the whole run."""
+    return (
+        f"about {plan.tokens_per_s:,.0f} tokens/s of both sides, MFU {100 * plan.mfu:.0f} %, "
+        f"{plan.config.train.steps:,} steps in {duration(plan.run_seconds)} "
+        f"({plan.run_seconds / 3600 * plan.cluster.n_gpus:,.0f} GPU hours), evaluations and saves not counted"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `5 h 20 min`, `12 min`."""
+    minutes = max(1, round(seconds / 60))
+    days, hours = divmod(minutes // 60, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def table(plans: Sequence[Plan], given: Config) -> list[str]:
+    """One layout a line, with what to type for it over the given configuration."""
+    kept = set(layout_of(given).split())
+    lines = ["   GiB   step s    tokens/s   MFU   layout"]
+    lines += [
+        f"{plan.memory.total / GIB:>6.1f} {plan.time.total:>8.3f} {plan.tokens_per_s:>11,.0f} {100 * plan.mfu:>4.0f} %"
+        f"   {' '.join(part for part in layout_of(plan.config).split() if part not in kept) or '(as it is)'}"
+        for plan in plans
+    ]
+    return lines
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Bytes and seconds."""
+    return {
+        "layout": layout_of(plan.config),
+        "nodes": plan.cluster.nodes,
+        "gpus_per_node": plan.cluster.gpus_per_node,
+        "gpu": plan.cluster.gpu.name,
+        "dp_size": plan.dp_size,
+        "micro_steps": plan.n_micro_steps,
+        "n_parameters": plan.n_parameters,
+        "fits": plan.memory.fits,
+        "memory_bytes": {
+            "weights": plan.memory.states.weights,
+            "gathered": plan.memory.states.gathered,
+            "gradients": plan.memory.states.gradients,
+            "optimizer": plan.memory.states.optimizer,
+            "activations": plan.memory.activations,
+            "step": plan.memory.step,
+            "update": plan.memory.update,
+            "reserved": plan.memory.reserved,
+            "total": plan.memory.total,
+            "available": plan.memory.available,
+        },
+        "host_bytes": plan.host_bytes,
+        "step_seconds": {**asdict(plan.time), "total": plan.time.total},
+        "tokens_per_s": plan.tokens_per_s,
+        "mfu_pct": 100 * plan.mfu,
+        "run_seconds": plan.run_seconds,
+    }
+
+
+def _row(name: str, n_bytes: float) -> str | None:
+    return f"{name:<48}{n_bytes / GIB:>8.2f}" if n_bytes else None
+
+
+def _milliseconds(name: str, seconds: float) -> str | None:
+    return f"{name:<48}{1e3 * seconds:>8.1f}" if seconds else None
