@@ -109,6 +109,23 @@ class Trainee:
         return cycle(self.pool.batches(rows, N_BATCHES))
 
 
+def planned(config: Config, device: str) -> dict[str, Any]:
+    """What `dist-transformer plan` would have said, to be held against what is measured; without a GPU, of an H100."""
+    from dist_transformer.plan.devices import GPUS, find_gpu
+    from dist_transformer.plan.planner import GIB, Planner
+    from dist_transformer.plan.speed import Cluster
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "H100"
+    # The longest name that fits: an H100 NVL is no H100.
+    names = sorted((len(gpu.name), key) for key, gpu in GPUS.items() if gpu.name in name)
+    gpu = find_gpu(names[-1][1] if names else "h100")
+    plan = Planner(config, Cluster(1, 1, gpu, 50e9), reserved=0.0).plan()
+    return {
+        "gpu": gpu.name, "peak_memory_gib": plan.memory.total / GIB, "tokens_per_s": plan.tokens_per_s,
+        "step_s": plan.time.total, "bound_by_host": plan.bound_by_host,
+    }  # fmt: skip
+
+
 def ours(task: Task) -> None:
     """Tokens a second, MFU and memory of a preset with a way to recompute, at every size of the micro-batch."""
     setting, pool, peaks = task.setting, Pool(task.setting), Peaks.of(task)
@@ -133,3 +150,14 @@ def ours(task: Task) -> None:
 
         search(task, measure)
         task.add(n_bad_steps=trainee.n_bad)
+    if "best" in task.figures:
+        rows = task.figures["best"]["rows"]
+        best = config_of(
+            setting,
+            preset,
+            task.arguments["mode"],
+            rows,
+            pool.vocab_size,
+            micro_batches=setting.micro_batches,
+        )
+        task.add(planned=planned(best, setting.device))

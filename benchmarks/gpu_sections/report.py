@@ -112,8 +112,11 @@ def _parity(sections: Sections) -> Iterator[str]:
 
 
 def _training(sections: Sections) -> Iterator[str]:
-    yield "| | rows | tokens/s | useful TFLOP/s | MFU % | of GEMM % | padding % | memory GiB | first step s | ended |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| | rows | tokens/s | useful TFLOP/s | MFU % | of GEMM % | padding % | memory GiB | planned: tokens/s | GiB | "
+        "first step s | ended |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for name, section in sections.items():
         found = section.get("figures", {})
         best = found.get("best")
@@ -128,8 +131,15 @@ def _training(sections: Sections) -> Iterator[str]:
         yield (
             f"| {what} | {best['rows']} | {best['tokens_per_s']:,.0f} | {best['useful_tflops']:,.2f} | "
             f"{best['mfu_pct']:.1f} | {'-' if gemm is None else f'{gemm:.1f}'} | {best['padding_pct']:.1f} | "
-            f"{best['peak_memory_gib']:.1f} | {found['first_step_s']:.1f} | {found.get('stopped', 'by its limit')} |"
+            f"{best['peak_memory_gib']:.1f} | {_planned(found)} | {found['first_step_s']:.1f} | "
+            f"{found.get('stopped', 'by its limit')} |"
         )
+
+
+def _planned(found: Mapping[str, Any]) -> str:
+    """What the planner had said."""
+    planned = found.get("planned")
+    return f"{planned['tokens_per_s']:,.0f} | {planned['peak_memory_gib']:.1f}" if planned else "- | -"
 
 
 def _profiles(sections: Sections) -> Iterator[str]:

@@ -109,8 +109,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Computed in float32 or wider, rounded once."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    halves = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
-    return torch.cat(halves, dim=-1).to(x.dtype)
+    """Computed in float32 or wider (`cos` and `sin` are), rounded once, in as few passes as go without a kernel of
+    its own: converting all of `x` first, and joining the halves, would read and write twice as much.
+    """
+    rotated = torch.empty_like(x)
+    first, second = x.chunk(2, dim=-1)
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    rotated_first.copy_(torch.addcmul(first * cos, second, sin, value=-1))
+    rotated_second.copy_(torch.addcmul(second * cos, first, sin))
+    return rotated

@@ -116,6 +116,8 @@ def test_ours_learns_what_was_asked_for(results: Found) -> None:
     found = figures(results, "ours/modern_large/selective")
     assert (found["mode"], found["zero_stage"], found["precision"]) == ("selective", 1, "bf16")
     assert found["n_bad_steps"] == 0
+    assert found["planned"]["gpu"] == "H100"
+    assert found["planned"]["tokens_per_s"] > 0 and 0 < found["planned"]["peak_memory_gib"] < 5
     # Fresh weights know nothing.
     assert found["best"]["loss"] == pytest.approx(math.log(VOCAB), rel=0.2)
 
@@ -306,7 +308,7 @@ def test_targets_and_tables_of_a_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_table({"sections": sections, "targets": targets(sections)}, tmp_path / "table.md")
     table = (tmp_path / "table.md").read_text()
-    assert "| ours/t5_v1_1_large/full | 64 | 110,000 | 500.00 | 55.0 | - | 2.0 | 70.0 | 9.0 |" in table
+    assert "| ours/t5_v1_1_large/full | 64 | 110,000 | 500.00 | 55.0 | - | 2.0 | 70.0 | - | - | 9.0 |" in table
     assert "Hugging Face's T5 | 1.83 | **no** |" in table
 
 
