@@ -122,7 +122,7 @@ def planned(config: Config, device: str) -> dict[str, Any]:
     plan = Planner(config, Cluster(1, 1, gpu, 50e9), reserved=0.0).plan()
     return {
         "gpu": gpu.name, "peak_memory_gib": plan.memory.total / GIB, "tokens_per_s": plan.tokens_per_s,
-        "step_s": plan.time.total, "bound_by_host": plan.bound_by_host,
+        "step_s": plan.time.total, "bound_by_host": plan.time.bound_by_host,
     }  # fmt: skip
 
 

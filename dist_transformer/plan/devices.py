@@ -79,7 +79,9 @@ class Rates:
     """Of the memory's bandwidth, in passes over tensors."""
     links: float = 0.8
     """Of links and network, in collectives of large tensors."""
-    launch_s: float = 7e-6
-    """What the host needs to start one kernel from Python: what small models wait for."""
+    launch_s: float = 25e-6
+    """What the host needs to start one kernel from Python, autograd and views included: what small models wait for."""
+    zero_2_hook_s, zero_3_hooks_s = 70e-6, 650e-6
+    """What DeepSpeed's hooks need for a module with parameters in a micro-step (measured, docs/log.md)."""
     kernel_s: float = 2e-6
     """The least that a kernel takes."""

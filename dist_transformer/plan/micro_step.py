@@ -54,6 +54,8 @@ class MicroStep:
     """Of this rank's tensor-parallel part."""
     largest: int
     """Elements of the largest parameter."""
+    n_modules: int
+    """Modules with parameters of their own."""
     kept: int
     """Bytes of activations that are alive between the forward and the backward pass."""
     forward_peak: int
@@ -96,6 +98,7 @@ def run_micro_step(config: Config, n_rows: int) -> MicroStep:
         whole=whole,
         n_parameters=sum(parameter.numel() for parameter in parameters),
         largest=max(parameter.numel() for parameter in parameters),
+        n_modules=sum(1 for each in module.modules() if list(each.parameters(recurse=False))),
         kept=kept,
         forward_peak=forward_peak,
         backward_peak=recorder.peak,

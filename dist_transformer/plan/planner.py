@@ -1,7 +1,6 @@
 """Does a run fit, and how fast will it be: one layout, or the best of many."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -77,8 +76,6 @@ class Plan:
     host_bytes: float
     """CPU memory of a node for what is offloaded."""
     time: StepSeconds
-    bound_by_host: float
-    """Share of forward and backward in which the GPU waits for the host to start kernels."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -182,14 +179,14 @@ class Planner:
                 ]  # fmt: skip
                 say(" ".join(overrides))
                 rough += [plan for plan in self._sizes_and_stages(overrides) if plan.memory.fits]
-        rough.sort(key=_rank)
+        rough.sort(key=lambda plan: plan.time.total)
         best = []
         for plan in rough[: 2 * n_best]:
             say(f"checking {layout_of(plan.config)}")
             exact = self.plan(plan.config)
             if exact.memory.fits:
                 best.append(exact)
-        return sorted(best, key=_rank)[:n_best]
+        return sorted(best, key=lambda plan: plan.time.total)[:n_best]
 
     def _sizes_and_stages(self, overrides: list[str]) -> Iterator[Plan]:
         """A plan for each micro-batch and stage that there can be, from two measured micro-batches."""
@@ -232,7 +229,7 @@ class Planner:
         return Plan(
             config, self.cluster, measured.whole, dp_size, n_micro_steps, memory,
             self.cluster.gpus_per_node * offloaded_bytes(config, measured.n_parameters, dp_size),
-            time, measured.seconds.bound_by_host,
+            time,
         )  # fmt: skip
 
     def _measure(self, config: Config) -> Measure:
@@ -272,11 +269,6 @@ def _degrees(config: Config, cluster: Cluster) -> list[int]:
     degrees = {1, config.parallel.tp_degree}
     degrees |= {n for n in (2, 4, 8, 16) if cluster.gpus_per_node % n == 0}
     return sorted(degrees)
-
-
-def _rank(plan: Plan) -> tuple[float, float, float]:
-    """Faster is better; of equally fast ones (to two hundredths) the lower stage, which has less to go wrong."""
-    return round(math.log(plan.time.total) * 50), plan.config.parallel.zero_stage, plan.memory.total
 
 
 def _between(low: Measure, high: Measure, at: float) -> Measure:

@@ -40,10 +40,10 @@ def describe(plan: Plan) -> list[str]:
         _milliseconds("update", time.update),
         _milliseconds("together", time.total),
     ]
-    if plan.bound_by_host > 0.1:
+    if plan.time.bound_by_host > 0.1:
         lines.append(
-            f"In {100 * plan.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start the "
-            "next kernel: a larger micro-batch, or train.compile, does more at a time."
+            f"In {100 * plan.time.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start "
+            "the next kernel: a larger micro-batch, or train.compile, does more at a time."
         )
     lines += ["", outlook(plan)]
     return [line for line in lines if line is not None]
@@ -102,6 +102,8 @@ def table(plans: Sequence[Plan], given: Config) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Bytes and seconds."""
+    seconds = asdict(plan.time)
+    del seconds["bound_by_host"]
     return {
         "layout": layout_of(plan.config),
         "nodes": plan.cluster.nodes,
@@ -124,7 +126,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "available": plan.memory.available,
         },
         "host_bytes": plan.host_bytes,
-        "step_seconds": {**asdict(plan.time), "total": plan.time.total},
+        "step_seconds": {**seconds, "total": plan.time.total},
+        "bound_by_host": plan.time.bound_by_host,
         "tokens_per_s": plan.tokens_per_s,
         "mfu_pct": 100 * plan.mfu,
         "run_seconds": plan.run_seconds,

@@ -29,14 +29,26 @@ class Cluster:
 
 @dataclass(frozen=True)
 class MicroStepSeconds:
-    """One micro-step on one rank."""
+    """One micro-step on one rank: what the device needs, and what the host needs to tell it, side by side."""
 
     forward: float
     backward: float
+    forward_host: float
+    backward_host: float
     tensor_parallel: float
     """Waiting for the ranks that share a layer, in both passes; nothing is assumed to be hidden."""
-    bound_by_host: float
-    """Share of the time in which the device waits for the next kernel."""
+    n_modules: float
+    """At each of which DeepSpeed's hooks may stop."""
+
+    def passes(self, zero_stage: int, rates: Rates) -> tuple[float, float]:
+        """Forward and backward: the device's time, or the host's where that is more."""
+        before, after = 0.0, rates.zero_2_hook_s if zero_stage == 2 else 0.0
+        if zero_stage == 3:
+            before = after = rates.zero_3_hooks_s / 2
+        return (
+            max(self.forward, self.forward_host + before * self.n_modules),
+            max(self.backward, self.backward_host + after * self.n_modules),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class StepSeconds:
     data_parallel: float
     """What of gradients' and weights' exchange is not hidden behind computing."""
     update: float
+    bound_by_host: float
+    """Share of forward and backward in which the device waits for the next kernel."""
 
     @property
     def total(self) -> float:
@@ -82,16 +96,13 @@ def micro_step_seconds(step: MicroStep, config: Config, cluster: Cluster, rates:
         arithmetic = kernel.flops / flops[kernel.kind] if kernel.flops else 0.0
         return max(arithmetic, kernel.n_bytes / bandwidth, rates.kernel_s)
 
-    passes, waits = [], []
+    device, host = [], []
     for is_backward in (False, True):
         kernels = [k for k in step.kernels if k.kind != "communication" and k.backward == is_backward]
-        device = sum(map(seconds, kernels))
-        host = len(kernels) * rates.launch_s
-        passes.append(max(device, host))
-        waits.append(max(0.0, host - device))
+        device.append(sum(map(seconds, kernels)))
+        host.append(len(kernels) * rates.launch_s)
     sent = sum(k.n_bytes / link + rates.kernel_s for k in step.kernels if k.kind == "communication")
-    forward, backward = passes
-    return MicroStepSeconds(forward, backward, sent, sum(waits) / sum(passes))
+    return MicroStepSeconds(device[0], device[1], host[0], host[1], sent, step.n_modules)
 
 
 def step_seconds(
@@ -114,19 +125,22 @@ def step_seconds(
     update = factor * _ELEMENT * own / (cluster.gpu.bandwidth * rates.memory)
     if parallel.offload != "none":
         update = own * cluster.gpus_per_node / _CPU_ADAM + 6.0 * own / _PCIE
+    forward, backward = micro.passes(stage, rates)
     return StepSeconds(
-        forward=micro.forward * n_micro_steps,
-        backward=micro.backward * n_micro_steps,
+        forward=forward * n_micro_steps,
+        backward=backward * n_micro_steps,
         tensor_parallel=micro.tensor_parallel * n_micro_steps,
-        data_parallel=_data_parallel(micro, n_parameters, n_micro_steps, config, cluster, rates)
+        data_parallel=_data_parallel(forward, backward, n_parameters, n_micro_steps, config, cluster, rates)
         if dp_size > 1
         else 0.0,
         update=update if stage else update + 4.0 * own / (cluster.gpu.bandwidth * rates.memory),
+        bound_by_host=1.0 - (micro.forward + micro.backward) / (forward + backward),
     )
 
 
 def _data_parallel(
-    micro: MicroStepSeconds,
+    forward: float,
+    backward: float,
     n_parameters: int,
     n_micro_steps: int,
     config: Config,
@@ -146,7 +160,7 @@ def _data_parallel(
         """All-gather or reduce-scatter of all parameters; an all-reduce is both."""
         return bytes_an_element * n_parameters * (dp_size - 1) / dp_size / (link * rates.links)
 
-    backward, forward = _HIDDEN * micro.backward, _HIDDEN * micro.forward
+    forward, backward = _HIDDEN * forward, _HIDDEN * backward
     if stage == 0:  # DeepSpeed reduces at the end of the last backward pass.
         return 2 * once(weight)
     if stage == 1:

@@ -308,7 +308,9 @@ def test_targets_and_tables_of_a_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_table({"sections": sections, "targets": targets(sections)}, tmp_path / "table.md")
     table = (tmp_path / "table.md").read_text()
-    assert "| ours/t5_v1_1_large/full | 64 | 110,000 | 500.00 | 55.0 | - | 2.0 | 70.0 | - | - | 9.0 |" in table
+    assert (
+        "| ours/t5_v1_1_large/full | 64 | 110,000 | 500.00 | 55.0 | - | 2.0 | 70.0 | - | - | 9.0 |" in table
+    )
     assert "Hugging Face's T5 | 1.83 | **no** |" in table
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_transformer.config import Config, build_config
 from dist_transformer.model import build_model, initialize
@@ -161,3 +163,49 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         run_micro_step(config_of(), 1)
     assert all(getattr(torch.nn.functional, name) is function for name, function in before.items())
     assert not torch.distributed.is_initialized()
+
+
+class FromTheHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations that bring more than a number from the host to the device: from plain memory CUDA waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        arrived = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_meta]
+        if arrived and any(x.device.type == "cpu" and x.dim() for x in tensors):
+            self.found.append(str(func))
+        return result
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"label_smoothing": 0.1, "z_loss": 1e-4, "r_drop": 1.0, "precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("preset", ["vaswani2017_base", "t5_v1_1_small", "modern_small"])
+def test_the_host_never_waits_for_the_device(preset: str, policy: str, options: str) -> None:
+    """A number that the host reads, or a shape that depends on one, would fail here: on meta there are no numbers."""
+    config = config_of(preset, policy, dropout=0.1)
+    config = config.model_copy(update={"train": config.train.model_copy(update=OPTIONS[options])})
+    run_micro_step(config, N_ROWS)  # what is made once, such as tables of positions
+    with FromTheHost() as copies:
+        run_micro_step(config, N_ROWS)
+    assert not copies.found
+
+
+def test_waiting_would_be_noticed() -> None:
+    number = torch.ones(1, device="meta")
+    with pytest.raises(RuntimeError):
+        number.item()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        number.nonzero()
+    with FromTheHost() as copies:
+        torch.ones(3).to("meta")
+    assert copies.found

@@ -84,24 +84,28 @@ def test_more_gpus_are_faster_but_not_more_than_in_proportion() -> None:
     assert one.time.data_parallel == 0 < eight.time.data_parallel
     assert 4 < eight.tokens_per_s / one.tokens_per_s <= 8
     assert 1 < many.tokens_per_s / eight.tokens_per_s <= 4
-    assert 0.05 < one.mfu < 0.7
+    assert 0.01 < one.mfu < 0.7
 
 
 def test_faster_devices_and_better_programs() -> None:
-    a100, h100, h200 = (plan_of(gpu=gpu).time for gpu in ("a100", "h100", "h200"))
+    wide = ("model.preset=vaswani2017_big", "train.micro_batch_size=64")
+    a100, h100, h200 = (plan_of(*wide, gpu=gpu).time for gpu in ("a100", "h100", "h200"))
     assert a100.total > h100.total > h200.total
-    better = Planner(config_of(), cluster_of(), Rates(products=0.9)).plan()
+    better = Planner(config_of(*wide), cluster_of(), Rates(products=0.9)).plan()
     assert better.time.forward < h100.forward
 
 
 def test_small_kernels_wait_for_the_host() -> None:
-    assert (
-        plan_of("train.micro_batch_size=1").bound_by_host
-        > 0.3
-        > plan_of("train.micro_batch_size=64").bound_by_host
-    )
+    one, many = (plan_of(f"train.micro_batch_size={rows}").time for rows in (1, 64))
+    assert one.bound_by_host > 0.8 and many.bound_by_host < 0.5
     text = "\n".join(describe(plan_of("train.micro_batch_size=1")))
     assert "the GPU would wait for Python" in text
+
+
+def test_hooks_of_later_stages_cost_the_host_time() -> None:
+    times = [plan_of(f"parallel.zero_stage={stage}", "train.micro_batch_size=1").time for stage in (1, 2, 3)]
+    assert times[0].forward == times[1].forward < times[2].forward
+    assert times[0].backward < times[1].backward < times[2].backward
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_search_finds_what_fits_and_is_fastest() -> None:
     said: list[str] = []
     best = Planner(config, cluster_of()).search(4, said.append)
     assert 1 <= len(best) <= 4 and all(plan.memory.fits for plan in best) and said
-    assert best[0].time.total <= min(plan.time.total for plan in best) * 1.04
+    assert best[0].time.total == min(plan.time.total for plan in best)
     assert best[0].time.total < given.time.total
     # They are plans of the layouts that they name.
     again = build_config(config.model_dump(mode="json"), overrides=layout_of(best[0].config).split())
