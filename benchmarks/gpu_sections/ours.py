@@ -117,9 +117,9 @@ def planned(config: Config, device: str) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device == "cuda" else "H100"
     # The longest name that fits: an H100 NVL is no H100.
-    names = sorted((len(gpu.name), key) for key, gpu in GPUS.items() if gpu.name in name)
+    names = sorted((len(gpu.sheet), key) for key, gpu in GPUS.items() if gpu.sheet in name)
     gpu = find_gpu(names[-1][1] if names else "h100")
-    plan = Planner(config, Cluster(1, 1, gpu, 50e9), reserved=0.0).plan()
+    plan = Planner(Cluster(1, 1, gpu, 50e9), reserved=0.0).plan(config)
     return {
         "gpu": gpu.name, "peak_memory_gib": plan.memory.total / GIB, "tokens_per_s": plan.tokens_per_s,
         "step_s": plan.time.total, "bound_by_host": plan.time.bound_by_host,

@@ -5,6 +5,7 @@ import json
 import sys
 
 from dist_transformer.cli.parsing import Commands, add_command, positive
+from dist_transformer.errors import ConfigError
 
 
 def add_plan(commands: Commands) -> None:
@@ -60,6 +61,7 @@ def _plan(options: argparse.Namespace) -> None:
     from dist_transformer.plan.devices import Rates, find_gpu
     from dist_transformer.plan.planner import GIB, Planner, known_vocabulary
     from dist_transformer.plan.report import as_json, describe, table
+    from dist_transformer.plan.search import search
     from dist_transformer.plan.speed import Cluster
 
     gpu = find_gpu(options.gpu)
@@ -68,20 +70,27 @@ def _plan(options: argparse.Namespace) -> None:
     config, source = known_vocabulary(config)
     cluster = Cluster(options.nodes, options.gpus_per_node, gpu, 1e9 * options.network)
     reserved = None if options.reserve_gib is None else options.reserve_gib * GIB
-    planner = Planner(config, cluster, Rates(products=options.efficiency), reserved)
-    plan = planner.plan()
-    best = planner.search(say=_say) if options.search else []
+    planner = Planner(cluster, Rates(products=options.efficiency), reserved)
+    plan, problem = None, ""
+    try:
+        plan = planner.plan(config)
+    except ConfigError as error:  # A search may find what goes.
+        if not options.search:
+            raise
+        problem = str(error)
+    best = search(planner, config, say=_say) if options.search else []
     if options.search and sys.stderr.isatty():
-        print(file=sys.stderr)
+        print("\r\033[K", end="", file=sys.stderr)
     if options.json:
-        found = as_json(plan) | {"vocab_size": config.model.vocab_size, "vocab_size_from": source}
+        found = {"problem": problem} if plan is None else as_json(plan)
+        found |= {"vocab_size": config.model.vocab_size, "vocab_size_from": source}
         print(json.dumps(found | ({"best": [as_json(one) for one in best]} if options.search else {})))
         return
-    print("\n".join(describe(plan)))
+    print(problem if plan is None else "\n".join(describe(plan)))
     print(f"vocabulary: {config.model.vocab_size:,} ({source})")
     if options.search:
         print("\nthe fastest layouts that fit:" if best else "\nno layout of this model fits these GPUs")
-        print("\n".join(table(best, config) if best else []))
+        print("\n".join(table(best, config) if best else []), end="\n" if best else "")
 
 
 def _say(what: str) -> None:
@@ -89,22 +98,29 @@ def _say(what: str) -> None:
         print(f"\r\033[K{what[:100]}", end="", file=sys.stderr, flush=True)
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+
+
 def _positive(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share, such as 0.7")
     return value

@@ -1,4 +1,4 @@
-"""Arithmetic of ranks and batches: what follows from a configuration and a number of ranks. Imports no torch."""
+"""What follows from a configuration with a number of ranks, or of tokens. Imports no torch."""
 
 from dist_transformer.config.schema import Config
 from dist_transformer.errors import ConfigError
@@ -40,3 +40,20 @@ def grad_accum_steps(config: Config, dp_size: int) -> int:
             f"{train.micro_batch_size} x {dp_size} data-parallel ranks: {hint}"
         )
     return train.global_batch_size // rows
+
+
+def with_vocabulary(config: Config, n_tokens: int) -> Config:
+    """The configuration with `model.vocab_size` known.
+
+    Raises:
+        ConfigError: if the model's vocabulary is smaller than the tokenizer's.
+    """
+    given = config.model.vocab_size
+    if given is not None and given < n_tokens:
+        raise ConfigError(
+            f"model.vocab_size={given} is smaller than the tokenizer's {n_tokens} tokens: "
+            f"set it to null, or to {n_tokens} or more"
+        )
+    unit = config.model.pad_vocab_to
+    size = given if given is not None else -(-n_tokens // unit) * unit
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})

@@ -39,7 +39,7 @@ class Kernel:
     kind: Kind
     flops: float
     n_bytes: float
-    """Read and written; of communication, what a rank sends."""
+    """Read and written; of communication, what a rank would send to very many others."""
     backward: bool
     """In the backward pass, recomputation included."""
 
@@ -110,7 +110,7 @@ def full_rows(config: Config, n_rows: int, device: torch.device) -> Batch:
     """Rows without padding, one sample each."""
 
     def ones(length: int, dtype: torch.dtype) -> Tensor:
-        return torch.ones(n_rows, length, dtype=dtype, device=device)
+        return torch.ones(n_rows * samples_of_row(config), length, dtype=dtype, device=device)
 
     source, target = config.data.max_source_len, config.data.max_target_len
     return Batch(
@@ -121,6 +121,16 @@ def full_rows(config: Config, n_rows: int, device: torch.device) -> Batch:
         decoder_target_tokens=ones(target, torch.int64),
         decoder_segment_ids=ones(target, torch.int32),
         decoder_positions=ones(target, torch.int32),
+    )
+
+
+def samples_of_row(config: Config) -> int:
+    """Rows of full length that one row of the global batch stands for: a bucket is several (`data.bucket_tokens`)."""
+    data = config.data
+    return (
+        1
+        if data.bucket_tokens is None
+        else data.bucket_tokens // max(data.max_source_len, data.max_target_len)
     )
 
 
@@ -172,14 +182,21 @@ def _kernel(func: Any, args: Any, kwargs: Any, result: Any) -> Kernel | None:
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     if func.namespace == "c10d":
-        return Kernel("communication", 0.0, float(sum(map(_bytes, inputs[:1]))), False)
+        # A gather or scatter sends all but its own part of the larger of its tensors, a sum is one of each.
+        passes = 2.0 if "allreduce" in name else 1.0
+        return Kernel("communication", 0.0, passes * max(map(_bytes, inputs)), False)
+    outputs = [x for x in outputs if x.is_meta]  # What the host computes, such as tables, is no kernel.
     if name in _UNWRITTEN or not outputs:
         return None
     if not func._schema.is_mutable and _are_views(inputs, outputs):
         return None
-    if name in _LOOKUPS:  # Not the whole table.
-        inputs = inputs[1:] if name == "embedding" else inputs[:1]
-    n_bytes = float(sum(map(_bytes, [*inputs, *outputs])))
+    if name in _SPARSE:
+        whole = inputs[0].untyped_storage()
+        n_bytes = 2.0 * max(_bytes(x) for x in [*inputs[1:], *outputs] if x.untyped_storage() is not whole)
+    elif name in _WRITTEN_ONLY:
+        n_bytes = float(sum(map(_bytes, inputs[1:]))) + _bytes(outputs[0])
+    else:
+        n_bytes = float(sum(map(_bytes, [*inputs, *outputs])))
     if packet not in flop_registry:
         return Kernel("other", 0.0, n_bytes, False)
     flops = float(flop_registry[packet](*args, **kwargs, out_val=result))
@@ -187,7 +204,10 @@ def _kernel(func: Any, args: Any, kwargs: Any, result: Any) -> Kernel | None:
 
 
 _UNWRITTEN = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-_LOOKUPS = {"embedding", "embedding_dense_backward"}
+_WRITTEN_ONLY = {"copy_", "zero_", "fill_"}
+"""Their first argument is not read."""
+_SPARSE = {"gather", "index", "embedding", "index_put_", "scatter_"}
+"""They touch some elements of their first argument only: as many as the largest of the others has."""
 
 
 def _are_views(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -216,6 +236,10 @@ def _fused_kernels() -> Iterator[None]:
             setattr(F, name, function)
 
 
+_ALIGNED = 8
+"""Elements: rows of a mask must begin at multiples of so many for CUDA's fused attention."""
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -225,6 +249,10 @@ def _attention(
     scale: float | None = None,
 ) -> Tensor:
     if attn_mask is not None:
+        if any(
+            stride % _ALIGNED for stride in attn_mask.stride()[:-1]
+        ):  # the kernel then makes a copy of its own
+            attn_mask = F.pad(attn_mask, (0, -k.shape[2] % _ALIGNED))[..., : k.shape[2]]
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     return cast(
         "Tensor",

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from dist_transformer.config import Config
-from dist_transformer.plan.planner import GIB, Plan, layout_of
+from dist_transformer.plan.planner import GIB, Plan
+from dist_transformer.plan.search import layout_of
 
 
 def describe(plan: Plan) -> list[str]:
@@ -21,10 +22,10 @@ def describe(plan: Plan) -> list[str]:
         _row("optimizer states", states.optimizer),
         _row(
             "gradients on their way (ZeRO buckets)",
-            (states.buckets if states.buckets_are == "always" else 0.0) + memory.buckets,
+            memory.step - memory.activations - _unbucketed(plan),
         ),
         _row("activations, at the moment that needs most", memory.activations),
-        _row("while the optimizer works, instead of activations", max(0.0, memory.update - memory.step)),
+        _row("more, while the optimizer works", max(0.0, memory.update - memory.step)),
         _row("CUDA, NCCL, fragments (assumed)", memory.reserved),
         f"{'together':<48}{memory.total / GIB:>8.2f} of {memory.available / GIB:.1f}: {verdict(plan)}",
         _row("CPU memory of a node, offloaded", plan.host_bytes),
@@ -37,29 +38,47 @@ def describe(plan: Plan) -> list[str]:
         _milliseconds("backward", time.backward),
         _milliseconds("exchange between tensor-parallel ranks", time.tensor_parallel),
         _milliseconds("exchange between replicas, not hidden", time.data_parallel),
+        _milliseconds("copies to and from the host, not hidden", time.offload),
         _milliseconds("update", time.update),
         _milliseconds("together", time.total),
     ]
     if plan.time.bound_by_host > 0.1:
-        lines.append(
-            f"In {100 * plan.time.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start "
-            "the next kernel: a larger micro-batch, or train.compile, does more at a time."
-        )
+        lines.append(_advice(plan))
     lines += ["", outlook(plan)]
     return [line for line in lines if line is not None]
+
+
+def _advice(plan: Plan) -> str:
+    """Where the host is what a step waits for."""
+    config = plan.config
+    remedies = ["a larger micro-batch"]
+    if config.parallel.zero_stage > 1:
+        remedies.append("a lower ZeRO stage")
+    elif not config.train.compile and config.parallel.tp_degree == 1:
+        remedies.append("train.compile")
+    return (
+        f"In {100 * plan.time.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start the "
+        f"next kernel: {' or '.join(remedies)} helps."
+    )
 
 
 def headline(plan: Plan) -> str:
     """What is planned."""
     config, cluster = plan.config, plan.cluster
-    return (
-        f"{plan.n_parameters / 1e6:,.1f} M parameters, {config.train.precision}, "
-        f"rows of {config.data.max_source_len} + {config.data.max_target_len}, "
-        f"on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: dp {plan.dp_size} x tp "
-        f"{config.parallel.tp_degree}, ZeRO {config.parallel.zero_stage}, "
-        f"{config.train.global_batch_size:,} rows a step = "
-        f"{plan.dp_size} x {config.train.micro_batch_size} x {plan.n_micro_steps} micro-steps"
-    )
+    data, parallel, recompute = config.data, config.parallel, config.recompute
+    batch = f"{config.train.micro_batch_size} x {plan.n_micro_steps} micro-steps"
+    parts = [
+        f"{plan.n_parameters / 1e6:,.1f} M parameters",
+        config.train.precision,
+        f"rows of {data.max_source_len} + {data.max_target_len}",
+        *([f"{data.bucket_tokens} positions a bucket"] if data.bucket_tokens else []),
+        f"on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: dp {plan.dp_size} x tp {parallel.tp_degree}",
+        f"ZeRO {parallel.zero_stage}",
+        *([f"offload {parallel.offload}"] if parallel.offload != "none" else []),
+        f"recompute {recompute.encoder}/{recompute.decoder}",
+        f"{config.train.global_batch_size:,} rows a step = {plan.dp_size} x {batch}",
+    ]
+    return ", ".join(parts)
 
 
 def verdict(plan: Plan) -> str:
@@ -72,8 +91,9 @@ def verdict(plan: Plan) -> str:
 
 def outlook(plan: Plan) -> str:
     """Speed and length of the whole run."""
+    tokens = "tokens/s" if plan.is_packed else "positions/s (padding is not known)"
     return (
-        f"about {plan.tokens_per_s:,.0f} tokens/s of both sides, MFU {100 * plan.mfu:.0f} %, "
+        f"about {plan.tokens_per_s:,.0f} {tokens} of both sides, MFU {100 * plan.mfu:.0f} %, "
         f"{plan.config.train.steps:,} steps in {duration(plan.run_seconds)} "
         f"({plan.run_seconds / 3600 * plan.cluster.n_gpus:,.0f} GPU hours), evaluations and saves not counted"
     )
@@ -118,6 +138,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gathered": plan.memory.states.gathered,
             "gradients": plan.memory.states.gradients,
             "optimizer": plan.memory.states.optimizer,
+            "buckets": plan.memory.step - plan.memory.activations - _unbucketed(plan),
             "activations": plan.memory.activations,
             "step": plan.memory.step,
             "update": plan.memory.update,
@@ -132,6 +153,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mfu_pct": 100 * plan.mfu,
         "run_seconds": plan.run_seconds,
     }
+
+
+def _unbucketed(plan: Plan) -> float:
+    """All states but gradients on their way."""
+    states = plan.memory.states
+    return states.weights + states.gathered + states.gradients + states.optimizer
 
 
 def _row(name: str, n_bytes: float) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_transformer.config import Config
+from dist_transformer.config.zero import zero_settings
 from dist_transformer.plan.devices import Gpu, Rates
 from dist_transformer.plan.micro_step import Kernel, MicroStep
 
@@ -60,6 +61,8 @@ class StepSeconds:
     tensor_parallel: float
     data_parallel: float
     """What of gradients' and weights' exchange is not hidden behind computing."""
+    offload: float
+    """What of copies to and from the host is not hidden."""
     update: float
     bound_by_host: float
     """Share of forward and backward in which the device waits for the next kernel."""
@@ -67,16 +70,13 @@ class StepSeconds:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.forward + self.backward + self.tensor_parallel + self.data_parallel + self.update
+        exchanges = self.tensor_parallel + self.data_parallel + self.offload
+        return self.forward + self.backward + exchanges + self.update
 
 
-_HIDDEN = 0.8
-"""Share of computing behind which communication is hidden, where DeepSpeed overlaps the two."""
-_CPU_ADAM = 1.0e9
-"""Elements a second that a node's processors update, with offloaded optimizer states."""
-_PCIE = 25e9
-_ELEMENT = 30.0
-"""Bytes that a fused AdamW reads and writes for an element: gradient, master weight, two moments, weight."""
+_ADAM, _RMS_SCALED, _AVERAGE = 30.0, 120.0, 12.0
+"""Bytes that an update reads and writes for an element: gradient, master weight, two moments and weight in one pass
+(fused AdamW), in a dozen (`RMSScaledAdamW`); a moving average beside."""
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -89,8 +89,9 @@ def micro_step_seconds(step: MicroStep, config: Config, cluster: Cluster, rates:
     peak = cluster.gpu.peak_flops(dtype_of(config))
     flops = {"product": peak * rates.products, "attention": peak * rates.attention}
     bandwidth, link = cluster.gpu.bandwidth * rates.memory, cluster.gpu.link * rates.links
-    if config.parallel.tp_degree > cluster.gpus_per_node:
-        link = cluster.network * rates.links
+    tp_degree = config.parallel.tp_degree
+    if cluster.nodes > 1 and cluster.gpus_per_node % tp_degree:  # then some group straddles two nodes
+        link = min(link, cluster.network * rates.links)
 
     def seconds(kernel: Kernel) -> float:
         arithmetic = kernel.flops / flops[kernel.kind] if kernel.flops else 0.0
@@ -101,7 +102,8 @@ def micro_step_seconds(step: MicroStep, config: Config, cluster: Cluster, rates:
         kernels = [k for k in step.kernels if k.kind != "communication" and k.backward == is_backward]
         device.append(sum(map(seconds, kernels)))
         host.append(len(kernels) * rates.launch_s)
-    sent = sum(k.n_bytes / link + rates.kernel_s for k in step.kernels if k.kind == "communication")
+    share = (tp_degree - 1) / tp_degree
+    sent = sum(share * k.n_bytes / link + rates.kernel_s for k in step.kernels if k.kind == "communication")
     return MicroStepSeconds(device[0], device[1], host[0], host[1], sent, step.n_modules)
 
 
@@ -121,21 +123,45 @@ def step_seconds(
     parallel = config.parallel
     dp_size = cluster.n_gpus // parallel.tp_degree
     stage, own = parallel.zero_stage, n_parameters / (dp_size if parallel.zero_stage else 1)
-    factor = 2.0 if config.optimizer.name == "adamw_rms" else 1.0
-    update = factor * _ELEMENT * own / (cluster.gpu.bandwidth * rates.memory)
-    if parallel.offload != "none":
-        update = own * cluster.gpus_per_node / _CPU_ADAM + 6.0 * own / _PCIE
     forward, backward = micro.passes(stage, rates)
     return StepSeconds(
         forward=forward * n_micro_steps,
         backward=backward * n_micro_steps,
         tensor_parallel=micro.tensor_parallel * n_micro_steps,
-        data_parallel=_data_parallel(forward, backward, n_parameters, n_micro_steps, config, cluster, rates)
-        if dp_size > 1
-        else 0.0,
-        update=update if stage else update + 4.0 * own / (cluster.gpu.bandwidth * rates.memory),
+        data_parallel=_data_parallel(forward, backward, n_parameters, n_micro_steps, config, cluster, rates),
+        offload=_offload(forward, backward, own, n_micro_steps, config, cluster, rates),
+        update=_update(own, config, cluster, rates),
         bound_by_host=1.0 - (micro.forward + micro.backward) / (forward + backward),
     )
+
+
+def _update(own: float, config: Config, cluster: Cluster, rates: Rates) -> float:
+    if config.parallel.offload != "none":
+        return own * cluster.gpus_per_node / rates.cpu_adam
+    per_element = _RMS_SCALED if config.optimizer.name == "adamw_rms" else _ADAM
+    if config.train.ema_decay is not None:
+        per_element += _AVERAGE
+    return (per_element + 4.0) * own / (cluster.gpu.bandwidth * rates.memory)  # 4: the gradients' norm
+
+
+def _offload(
+    forward: float,
+    backward: float,
+    own: float,
+    n_micro_steps: int,
+    config: Config,
+    cluster: Cluster,
+    rates: Rates,
+) -> float:
+    """Copies to and from the host that no pass hides: gradients, updated weights, under offload=all weights anew."""
+    if config.parallel.offload == "none":
+        return 0.0
+    weight = 2.0 if config.train.precision == "bf16" else 4.0
+    one_way = weight * own / (cluster.gpu.host * rates.links)
+    if config.parallel.offload == "optimizer":
+        return n_micro_steps * max(0.0, one_way - rates.hidden * backward) + one_way
+    passes = max(0.0, one_way - rates.hidden * forward) + max(0.0, 2 * one_way - rates.hidden * backward)
+    return n_micro_steps * passes
 
 
 def _data_parallel(
@@ -148,26 +174,34 @@ def _data_parallel(
     rates: Rates,
 ) -> float:
     parallel, train = config.parallel, config.train
-    stage, tp = parallel.zero_stage, parallel.tp_degree
-    dp_size = cluster.n_gpus // tp
+    stage, dp_size = parallel.zero_stage, cluster.n_gpus // parallel.tp_degree
     link = cluster.gpu.link
     if cluster.nodes > 1:  # The ring's ranks of a node share the network of all of them.
-        link = min(link, cluster.network * max(1, cluster.gpus_per_node // tp))
+        link = min(link, cluster.network * max(1, cluster.gpus_per_node // parallel.tp_degree))
+    settings = zero_settings(config)
     weight = 2.0 if train.precision == "bf16" else 4.0
-    adds_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32"
 
     def once(bytes_an_element: float) -> float:
         """All-gather or reduce-scatter of all parameters; an all-reduce is both."""
         return bytes_an_element * n_parameters * (dp_size - 1) / dp_size / (link * rates.links)
 
-    forward, backward = _HIDDEN * forward, _HIDDEN * backward
-    if stage == 0:  # DeepSpeed reduces at the end of the last backward pass.
+    # DeepSpeed adds up whole buckets in stages 1 and 2, and keeps of the sum what is the rank's.
+    passes = 2.0 if stage < 3 and settings.get("use_multi_rank_bucket_allreduce", True) else 1.0
+    if (
+        stage == 0
+    ):  # At the end of the last backward pass, as in stage 1 with sums in fp32: nothing is left to hide it.
         return 2 * once(weight)
     if stage == 1:
-        reduce = once(4.0) if adds_fp32 else max(0.0, once(weight) - backward)
+        adds_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32"
+        reduce = 2 * once(4.0) if adds_fp32 else max(0.0, passes * once(weight) - rates.hidden * backward)
         return reduce + once(weight)
-    reduce = once(weight)
+    reduce = passes * once(weight)
     if stage == 2:
-        return n_micro_steps * max(0.0, reduce - backward) + once(weight)
-    gathers = max(0.0, once(weight) - forward) + max(0.0, once(weight) + reduce - backward)
-    return n_micro_steps * gathers
+        return n_micro_steps * max(0.0, reduce - rates.hidden * backward) + once(weight)
+    # What is used again soon stays: a small model is gathered once for both passes.
+    is_gathered_again = 2 * n_parameters > float(settings.get("stage3_max_reuse_distance", 1e9))
+    in_backward = reduce + (once(weight) if is_gathered_again else 0.0)
+    exposed = max(0.0, once(weight) - rates.hidden * forward) + max(
+        0.0, in_backward - rates.hidden * backward
+    )
+    return n_micro_steps * exposed

@@ -6,6 +6,9 @@ from typing import Literal
 from dist_transformer.config import Config
 from dist_transformer.config.zero import zero_settings
 
+BucketsAre = Literal["always", "in the backward pass", "after the last one"]
+_FLAT = 5e8
+
 
 @dataclass(frozen=True)
 class StateBytes:
@@ -21,7 +24,7 @@ class StateBytes:
     """Master weights, Adam's moments and the moving average."""
     buckets: float
     """Gradients on their way to other ranks."""
-    buckets_are: Literal["always", "in the backward pass", "after the last one"]
+    buckets_are: BucketsAre
     update: float
     """All that is there while the optimizer works: activations are gone then."""
 
@@ -55,17 +58,22 @@ def plan_states(config: Config, n_parameters: int, largest: int, dp_size: int) -
     summed = 4.0 if adds_fp32 else weight
     n, own = float(n_parameters), n_parameters / (dp_size if stage else 1)  # `own`: what this rank updates
     has_masters = stage > 0 or train.precision == "bf16"
+    is_offloaded = parallel.offload != "none"
     gathered = buckets = 0.0
-    buckets_are: Literal["always", "in the backward pass", "after the last one"] = "always"
-    if stage:
+    buckets_are: BucketsAre = "always"
+    if stage == 0 and dp_size > 1:
+        # The engine's own all-reduce makes gradients flat, half a billion elements at a time.
+        buckets_are, buckets = "after the last one", weight * min(n, _FLAT)
+    elif stage == 1 and adds_fp32 and not is_offloaded:
+        # Another wrapper of DeepSpeed's: a copy only where there are several groups of parameters.
+        buckets_are, buckets = "after the last one", 4.0 * n if config.optimizer.weight_decay else 0.0
+    elif stage:
         doubled = 2 if settings.get("overlap_comm") and stage < 3 else 1
-        staged = summed if stage == 1 else weight
-        buckets = doubled * staged * float(settings.get("reduce_bucket_size", 5e8))
-    if stage == 1 and adds_fp32:
-        buckets_are = "after the last one"
-    elif stage == 2:
-        buckets_are = "in the backward pass"
-    elif stage == 3:
+        buckets = (
+            doubled * (summed if stage == 1 else weight) * float(settings.get("reduce_bucket_size", 5e8))
+        )
+        buckets_are = "in the backward pass" if stage == 2 else "always"
+    if stage == 3:
         live = float(settings.get("stage3_max_live_parameters", 1e9))
         prefetched = float(settings.get("stage3_prefetch_bucket_size", 5e7))
         gathered = weight * min(n, max(live, float(largest)) + prefetched)
@@ -79,29 +87,28 @@ def plan_states(config: Config, n_parameters: int, largest: int, dp_size: int) -
         updated = (summed + 4.0 + (weight if stage and summed < 4.0 else 0.0)) * own
     if config.optimizer.name == "adamw_rms":
         updated += 6.0 * own
+    if is_offloaded:
+        weights = 0.0 if parallel.offload == "all" else weights
+        optimizer, updated = 0.0, 0.0
+        gradients = _gradients_on_their_way(stage, summed * n, 4.0 * own if adds_fp32 else 0.0, 4.0 * largest)
     update = weights + optimizer + updated + (buckets if stage == 3 else 0.0)
-    states = StateBytes(weights, gathered, gradients, optimizer, buckets, buckets_are, update)
-    return states if parallel.offload == "none" else _offloaded(states, parallel.offload == "all")
+    return StateBytes(weights, gathered, gradients, optimizer, buckets, buckets_are, update)
 
 
-def _offloaded(states: StateBytes, weights_too: bool) -> StateBytes:
-    """What lives in CPU memory is not here; parameters come as gathered ones do."""
-    weights = 0.0 if weights_too else states.weights
-    return StateBytes(
-        weights,
-        states.gathered,
-        0.0,
-        0.0,
-        states.buckets,
-        states.buckets_are,
-        update=weights + states.buckets,
-    )
+def _gradients_on_their_way(stage: int, whole: float, part: float, largest: float) -> float:
+    """What stays on the device of gradients that go to the host: stage 1 sends them after the last micro-step."""
+    return {1: whole + part + largest, 2: part + largest, 3: 0.0}[stage]
 
 
 def offloaded_bytes(config: Config, n_parameters: int, dp_size: int) -> float:
     """CPU memory that a rank needs for what `parallel.offload` puts there."""
     if config.parallel.offload == "none":
         return 0.0
-    own = n_parameters / dp_size
-    per_element = 16.0 + (4.0 if config.train.ema_decay is not None else 0.0)  # fp32 gradients too
-    return (per_element + (2.0 if config.parallel.offload == "all" else 0.0)) * own
+    weight = 2.0 if config.train.precision == "bf16" else 4.0
+    # Master weights and two moments; gradients in fp32, in stage 3 once more; a copy of the weights on their way back.
+    per_element = 12.0 + (8.0 if config.parallel.zero_stage == 3 else 4.0) + weight
+    if config.train.ema_decay is not None:
+        per_element += 4.0
+    if config.parallel.offload == "all":
+        per_element += weight
+    return per_element * n_parameters / dp_size

@@ -17,7 +17,7 @@ from dist_transformer.checkpoints.folder import (
 from dist_transformer.checkpoints.publish import bring_back
 from dist_transformer.checkpoints.reader import StoredWeights
 from dist_transformer.config import Config, dump_config
-from dist_transformer.config.layout import grad_accum_steps
+from dist_transformer.config.layout import grad_accum_steps, with_vocabulary
 from dist_transformer.data.check import check_data
 from dist_transformer.data.manifest import load_manifest, write_atomically
 from dist_transformer.data.tokenizer import TextTokenizer
@@ -156,23 +156,6 @@ def _check_same(checkpoint: Path | None, mesh: Mesh) -> None:
         )
         error.on_every_rank = True
         raise error
-
-
-def with_vocabulary(config: Config, n_tokens: int) -> Config:
-    """The configuration with `model.vocab_size` known.
-
-    Raises:
-        ConfigError: if the model's vocabulary is smaller than the tokenizer's.
-    """
-    given = config.model.vocab_size
-    if given is not None and given < n_tokens:
-        raise ConfigError(
-            f"model.vocab_size={given} is smaller than the tokenizer's {n_tokens} tokens: "
-            f"set it to null, or to {n_tokens} or more"
-        )
-    unit = config.model.pad_vocab_to
-    size = given if given is not None else -(-n_tokens // unit) * unit
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def initial_weights(config: Config) -> Mapping[str, Tensor] | None:

@@ -39,5 +39,5 @@ def test_memory_is_what_was_planned(stage: int, preset: str, policy: str, mesh: 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     engine.train_step(rows, 2 * ROWS * 128, 2)
-    memory = Planner(config, Cluster(1, 1, find_gpu("h100"), 50e9), reserved=0.0).plan().memory
+    memory = Planner(Cluster(1, 1, find_gpu("h100"), 50e9), reserved=0.0).plan(config).memory
     assert memory.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05)

@@ -17,7 +17,7 @@ from dist_transformer.parallel.objective import TrainingModule
 from dist_transformer.parallel.recompute import apply_recompute
 from dist_transformer.parallel.regions import TensorParallel
 from dist_transformer.plan.live_bytes import LiveBytes
-from dist_transformer.plan.micro_step import full_rows, run_micro_step
+from dist_transformer.plan.micro_step import MicroStep, full_rows, run_micro_step
 
 ALONE = TensorParallel(None, 0, 1, sequence=False)  # type: ignore[arg-type]
 N_ROWS = 4
@@ -135,9 +135,26 @@ def test_ranks_that_share_layers_have_their_part(preset: str) -> None:
     assert flops[0] == pytest.approx(flops[1] / 2, rel=0.05)
 
 
-def _of_two_ranks(config: Config) -> Any:
-    parallel = config.parallel.model_copy(update={"tp_degree": 2})
-    return run_micro_step(config.model_copy(update={"parallel": parallel}), N_ROWS)
+def _of_two_ranks(config: Config, **parallel: Any) -> MicroStep:
+    cut = config.parallel.model_copy(update={"tp_degree": 2, **parallel})
+    return run_micro_step(config.model_copy(update={"parallel": cut}), N_ROWS)
+
+
+def test_bytes_between_ranks_are_those_of_whole_rows() -> None:
+    """Without sequence parallelism a sum of [B, T, D] for each sublayer and pass, which sends as much as a gather and a
+    scatter do with it.
+    """
+    config = config_of(n_encoder_layers=1, n_decoder_layers=1)
+    shared, apart = (_of_two_ranks(config, sequence_parallel=sequence) for sequence in (False, True))
+    source = 4 * N_ROWS * config.data.max_source_len * config.model.d_model
+    target = 4 * N_ROWS * config.data.max_target_len * config.model.d_model
+    sums = [k.n_bytes for k in shared.kernels if k.kind == "communication"]
+    # The encoder's two sublayers and embedding; forward, and backward but for the embedding.
+    assert sums.count(2 * source) >= 5 and sums.count(2 * target) >= 6
+    assert max(sums) == 2 * source
+    parts = [k.n_bytes for k in apart.kernels if k.kind == "communication"]
+    assert max(parts) == source and parts.count(source) >= 9
+    assert sum(parts) == pytest.approx(sum(sums), rel=0.2)
 
 
 def test_recomputation_takes_memory_and_gives_work() -> None:

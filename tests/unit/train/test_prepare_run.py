@@ -17,11 +17,12 @@ from dist_transformer.checkpoints.pieces import whole
 from dist_transformer.checkpoints.publish import partial_folder, publish
 from dist_transformer.checkpoints.safe_files import Entry, write_safetensors
 from dist_transformer.config import Config, build_config
+from dist_transformer.config.layout import with_vocabulary
 from dist_transformer.errors import CheckpointError, ConfigError
 from dist_transformer.model import build_model, initialize
 from dist_transformer.tracking.exits import ATTEMPT_NAME
 from dist_transformer.train import prepare_run
-from dist_transformer.train.prepare_run import _check_free, initial_weights, with_vocabulary
+from dist_transformer.train.prepare_run import _check_free, initial_weights
 
 SMALL = {"d_model": 16, "d_ff": 24, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1}
 
