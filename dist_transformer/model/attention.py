@@ -15,6 +15,7 @@ from dist_transformer.model.positions import Rotation
 
 Kernel = Literal["sdpa", "flex"]
 """What computes attention: torch's scaled_dot_product_attention, or `FlexMask`."""
+_ALIGNED = 8
 _LEAST_QUERIES = 4
 """CPUs add up products of fewer rows in another order: with so many, a result does not depend on who else asks."""
 
@@ -191,4 +192,15 @@ def scores_mask(allowed_B1TS: Tensor, bias_1HTS: Tensor | None, dtype: torch.dty
     Of a boolean mask each layer would make such a tensor of its own, and keep it for the backward pass.
     """
     bias = torch.zeros((), dtype=dtype, device=allowed_B1TS.device) if bias_1HTS is None else bias_1HTS
-    return torch.where(allowed_B1TS, bias, torch.finfo(bias.dtype).min)
+    return _aligned(torch.where(allowed_B1TS, bias, torch.finfo(bias.dtype).min))
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """CUDA's fused attention wants a mask's rows to begin at multiples of 8 elements; of another mask each layer would
+    make, and keep, a copy that does.
+    """
+    n_keys = mask.shape[-1]
+    missing = -n_keys % _ALIGNED
+    if mask.device.type == "cpu" or not missing:
+        return mask
+    return F.pad(mask, (0, missing))[..., :n_keys]
