@@ -141,6 +141,8 @@ class Runner:
             if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") and not key.startswith("SLURM_")
         }
         devices = kept.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        if not devices.isdecimal():  # DeepSpeed takes numbers only.
+            devices = "0"
         if self.setting.tiny:
             # Threads that wait for each other at every small product would take longer than the products.
             kept.setdefault("OMP_NUM_THREADS", "1")

@@ -18,6 +18,7 @@ from benchmarks.gpu_sections.task import Task, UnavailableError, first_line, is_
 MODULES = {
     "environment": "benchmarks.gpu_sections.checks",
     "parity": "benchmarks.gpu_sections.checks",
+    "tests": "benchmarks.gpu_sections.checks",
     "ours": "benchmarks.gpu_sections.ours",
     "hf": "benchmarks.gpu_sections.peers",
     "profile": "benchmarks.gpu_sections.profile",

@@ -88,16 +88,20 @@ def plan(
     compiled, flex = ((), ()) if modes else ((COMPILED,), (COMPILED_FLEX,))
     presets, modes = presets or PRESETS, modes or MODES
     first, others = presets[:2], presets[2:]
+    profiles = [Section(f"profile/{preset}", "profile", 170, 60, {"preset": preset}) for preset in first]
     return [
         # Its first import of torch and CUDA is from a cold disk.
         Section("environment", "environment", 120, 10),
-        Section("parity", "parity", 120, 30),
+        Section("parity", "parity", 80, 25),
         *_trained(setting, first, modes[:1]),
-        *_trained(setting, first, compiled),
-        *_trained(setting, first, flex),
         *_peers(first, False),
+        *_trained(setting, first[:1], compiled),
+        *profiles[:1],
+        *_trained(setting, first[1:], compiled),
+        *_trained(setting, first, flex),
+        Section("tests", "tests", 290, 60),
+        *profiles[1:],
         *(Section(f"attention/{preset}", "attention", 100, 25, {"preset": preset}) for preset in first),
-        *(Section(f"profile/{preset}", "profile", 130, 40, {"preset": preset}) for preset in first),
         # Recomputation cannot be faster where memory suffices.
         *_trained(setting, first, modes[1:]),
         *_peers(first, True),
@@ -114,6 +118,7 @@ def _tiny_plan(setting: Setting, presets: Sequence[str], modes: Sequence[str] | 
     sections = [
         Section("environment", "environment", 0, 0),
         Section("parity", "parity", 0, 0),
+        Section("tests", "tests", 0, 0),
         *_trained(setting, presets[:1], modes or MODES[:2]),
         *_trained(setting, presets[1:], modes or MODES[-1:]),
         *_peers(t5, False),
@@ -139,7 +144,7 @@ def _trained(
             arguments = {"preset": preset, "mode": mode, **(more or {})}
             # Most of the largest one's time goes into drawing its weights, of a compiled one's into compiling.
             is_compiled = mode in (COMPILED, COMPILED_FLEX)
-            limit_s, least_s = (150, 70) if preset == LARGEST or is_compiled else (75, 30)
+            limit_s, least_s = (120, 60) if preset == LARGEST or is_compiled else (75, 30)
             if is_compiled and not setting.tiny:
                 arguments.setdefault(
                     "first_rows", COMPILED_ROWS

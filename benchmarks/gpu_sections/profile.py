@@ -1,6 +1,7 @@
 """Where a step's time goes on the device, and what makes it wait: kernels by kind, synchronisations, recompilations."""
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_sections.measure import WARM_UP, n_compilations, synchronize
 from benchmarks.gpu_sections.ours import Trainee, config_of
-from benchmarks.gpu_sections.plan import Setting
+from benchmarks.gpu_sections.plan import COMPILED, COMPILED_FLEX, FLEX, Setting
 from benchmarks.gpu_sections.rows import Pool
 from benchmarks.gpu_sections.task import Task
 from dist_transformer.data.batch import Batch
@@ -27,9 +28,13 @@ from dist_transformer.parallel.mesh import open_mesh
 TRACED = 3
 """Steps whose kernels are listed."""
 COUNTED_ROWS = 16
-"""Rows of the steps in which synchronisations are counted, at most: their number does not depend on it."""
-CHUNK = 10
-"""Steps of one trace: the profiler keeps so many kernels and no more."""
+"""Rows of the steps in which synchronisations are counted, at most: their number does not depend on it. Not so where
+another number of rows would have to be compiled.
+"""
+CHUNK, N_CHUNKS = 10, 2
+"""Steps of one trace (the profiler keeps so many kernels and no more), and traces; in the other steps torch itself says
+what waits.
+"""
 TOP = 30
 MARGIN_S = 20.0
 """To read a trace and write it down."""
@@ -104,6 +109,7 @@ class Trace:
         self.wall_s = time.perf_counter() - self._began
         self.profiler.stop()
 
+    @functools.cached_property
     def events(self) -> list[Event]:
         """Kernels, copies and calls, without the names that code gives to its parts."""
         raw = self.profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -123,7 +129,7 @@ class Trace:
         parts = [(self._began_ns, self._ended_ns)] if within is None else within
         return Counter(
             event.name
-            for event in self.events()
+            for event in self.events
             if event.name in WAITS and any(began <= event.start_ns <= ended for began, ended in parts)
         )
 
@@ -134,7 +140,7 @@ class Trace:
             for row in self.profiler.key_averages():
                 found[row.key] = (row.self_cpu_time_total / 1e6, row.count)
             return found, min(self.wall_s, sum(seconds for seconds, _ in found.values()))
-        kernels = [event for event in self.events() if event.on_device]
+        kernels = [event for event in self.events if event.on_device]
         for event in kernels:
             seconds, calls = found[event.name]
             found[event.name] = (seconds + event.duration_ns / 1e9, calls + 1)
@@ -152,7 +158,8 @@ def profile(task: Task) -> None:
         config = config_of(setting, preset, mode, rows, pool.vocab_size, micro_batches=setting.micro_batches)
         trainee = Trainee(config, mesh, pool)
         _list_kernels(task, trainee, rows)
-        _count_waits(task, trainee, min(rows, COUNTED_ROWS))
+        is_compiled = mode in (COMPILED, FLEX, COMPILED_FLEX)
+        _count_waits(task, trainee, rows if is_compiled else min(rows, COUNTED_ROWS))
     path = Path(setting.out) / f"trace-{preset}.json"
     path.write_text(json.dumps(task.figures, indent=1))
 
@@ -212,19 +219,29 @@ def _count_waits(task: Task, trainee: Trainee, rows: int) -> None:
         trainee.step(list(islice(batches, n)))
     compiled, n_steps, wall_s = n_compilations(), 0, 0.0
     waits, waits_of_update = Counter[str](), Counter[str]()
+
+    def some_steps() -> None:
+        nonlocal n_steps
+        for _ in range(min(CHUNK, setting.n_steps - n_steps)):
+            trainee.step(list(islice(batches, n)))
+            n_steps += 1
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         while n_steps < setting.n_steps and (n_steps == 0 or task.time_left() > MARGIN_S):
-            with Trace(setting, operators=False) as trace, _clocked(trainee) as computing:
-                _warn_of_waits(setting, "warn")
-                for _ in range(min(CHUNK, setting.n_steps - n_steps)):
-                    trainee.step(list(islice(batches, n)))
-                    n_steps += 1
-                _warn_of_waits(setting, "default")
-            inside = trace.waits(computing)
-            waits += inside
-            waits_of_update += trace.waits() - inside
-            wall_s += trace.wall_s
+            if n_steps < N_CHUNKS * CHUNK:
+                with Trace(setting, operators=False) as trace, _clocked(trainee) as computing:
+                    some_steps()
+                inside = trace.waits(computing)
+                waits += inside
+                waits_of_update += trace.waits() - inside
+                wall_s += trace.wall_s
+                continue
+            began = time.perf_counter()
+            with _warned(trainee, setting):
+                some_steps()
+            synchronize(setting)
+            wall_s += time.perf_counter() - began
     places = Counter(
         f"{'/'.join(Path(warning.filename).parts[-3:])}:{warning.lineno}"
         for warning in caught
@@ -233,7 +250,7 @@ def _count_waits(task: Task, trainee: Trainee, rows: int) -> None:
     task.add(
         counted={
             "n_steps": n_steps, "rows": rows, "step_s": wall_s / n_steps, "waits": dict(waits),
-            "n_waits": waits.total(), "waits_of_update": dict(waits_of_update),
+            "n_waits": waits.total() + places.total(), "waits_of_update": dict(waits_of_update),
             "n_waits_of_update": waits_of_update.total(), "where": dict(places.most_common(20)),
             "n_recompilations": n_compilations() - compiled,
         }
@@ -256,7 +273,19 @@ def _clocked(trainee: Trainee) -> Iterator[list[tuple[int, int]]]:
         yield found
 
 
-def _warn_of_waits(setting: Setting, mode: str) -> None:
-    """torch then names the line of Python that waits."""
-    if setting.device == "cuda":
-        torch.cuda.set_sync_debug_mode(mode)
+@contextlib.contextmanager
+def _warned(trainee: Trainee, setting: Setting) -> Iterator[None]:
+    """torch then names each line of forward and backward passes that waits."""
+    accumulate = trainee.engine.accumulate
+
+    def warned(batches: Sequence[Batch], n_target_tokens: int) -> Tensor:
+        if setting.device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return accumulate(batches, n_target_tokens)
+        finally:
+            if setting.device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+    with mock.patch.object(trainee.engine, "accumulate", warned):
+        yield

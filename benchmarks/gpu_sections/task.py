@@ -50,5 +50,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device; older versions of torch have no name of their own for it."""
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)
+    """Of the device; older versions of torch have no name of their own for it, and libraries another."""
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        sign in str(error) for sign in ("out of memory", "ALLOC_FAILED")
+    )

@@ -20,14 +20,19 @@ def build_deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         train.precision == "bf16" and train.grad_accum_dtype == "fp32" and parallel.zero_stage > 0
     )
     tree = merge(
-        stage_settings(config),
+        stage_settings(config, dp_size),
         {
             "train_batch_size": train.global_batch_size,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": grad_accum_steps(config, dp_size),
             # Stage 0 in fp32 has no DeepSpeed optimizer around it: `Engine` clips there itself.
             "gradient_clipping": 0.0 if is_plain(config) else train.clip,
-            "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+            "bf16": {
+                "enabled": train.precision == "bf16",
+                "check_grad_overflow": True,
+                # Where stage 1 adds up in fp32: as gradients come, and not once more beside them in bf16.
+                "immediate_grad_update": True,
+            },
             "data_types": {"grad_accum_dtype": "fp32" if accumulate_fp32 else None},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -17,6 +17,7 @@ from dist_transformer.engine.allocator import keep_freed_memory
 from dist_transformer.engine.average import MovingAverage
 from dist_transformer.engine.build import build_part
 from dist_transformer.engine.deepspeed_config import build_deepspeed_config, is_plain
+from dist_transformer.engine.kernels import choose_kernels
 from dist_transformer.engine.layouts import set_layouts
 from dist_transformer.engine.masters import refresh_parameters, release_whole_parameters
 from dist_transformer.engine.optim import RMSScaledAdamW, build_optimizer, learning_rate
@@ -56,6 +57,7 @@ class Engine:
         self.config, self.mesh = config, mesh
         if mesh.device.type == "cpu":
             keep_freed_memory()
+        choose_kernels(config, mesh.device)
         self.deepspeed_config = build_deepspeed_config(config, mesh.dp_size)
         self.tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)
         model = build_part(config, mesh, self.tp, self.deepspeed_config, weights)
@@ -78,6 +80,9 @@ class Engine:
                 dist_init_required=False,
             )
         self._inner = optimizer
+        if config.parallel.zero_stage in (1, 2) and config.parallel.offload == "none":
+            # It would look at each gradient, a dozen kernels a parameter; the norm, which is taken anyway, tells too.
+            self.optimizer.check_overflow = _not_looked_at
         for state in optimizer.state.values():
             # Some of DeepSpeed's wrappers take an update with zero gradients while they are built.
             if "step" in state:
@@ -227,3 +232,7 @@ class Engine:
             return common
         square = self.tp.all_reduce(own.to(self.mesh.device).square())
         return (square + common.square()).sqrt()
+
+
+def _not_looked_at(partition_gradients: bool = True) -> None:
+    """In place of a look for gradients that are not finite."""

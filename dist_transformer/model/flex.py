@@ -58,6 +58,8 @@ class FlexMask:
             block_mask=self.blocks,
             scale=scale,
             enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
+            # Fewer than 128 queries would go to a kernel for decoding, which has no blocks for groups of 32 to 127.
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )  # fmt: skip
         return heads_BHTK
 

@@ -178,7 +178,7 @@ def _data_parallel(
     link = cluster.gpu.link
     if cluster.nodes > 1:  # The ring's ranks of a node share the network of all of them.
         link = min(link, cluster.network * max(1, cluster.gpus_per_node // parallel.tp_degree))
-    settings = zero_settings(config)
+    settings = zero_settings(config, dp_size)
     weight = 2.0 if train.precision == "bf16" else 4.0
 
     def once(bytes_an_element: float) -> float:

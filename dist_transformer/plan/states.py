@@ -52,7 +52,7 @@ def plan_states(config: Config, n_parameters: int, largest: int, dp_size: int) -
         dp_size: data-parallel ranks.
     """
     train, parallel = config.train, config.parallel
-    stage, settings = parallel.zero_stage, zero_settings(config)
+    stage, settings = parallel.zero_stage, zero_settings(config, dp_size)
     weight = 2.0 if train.precision == "bf16" else 4.0
     adds_fp32 = train.precision == "bf16" and train.grad_accum_dtype == "fp32" and stage > 0
     summed = 4.0 if adds_fp32 else weight
@@ -79,8 +79,7 @@ def plan_states(config: Config, n_parameters: int, largest: int, dp_size: int) -
         gathered = weight * min(n, max(live, float(largest)) + prefetched)
     weights = weight * (own if stage == 3 else n)
     optimizer = ((12.0 if has_masters else 8.0) + (4.0 if train.ema_decay is not None else 0.0)) * own
-    # Stage 1 adds up in fp32 beside what the backward pass leaves.
-    gradients = summed * own if stage >= 2 else (summed + weight if adds_fp32 else weight) * n
+    gradients = summed * (own if stage >= 2 else n)
     if not has_masters or (stage == 1 and adds_fp32):
         updated = gradients
     else:  # This rank's gradients; with ZeRO flat too; and in fp32.

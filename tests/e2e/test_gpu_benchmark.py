@@ -75,8 +75,9 @@ def figures(results: Found, section: str) -> Found:
 
 def test_a_section_that_fails_ends_no_other(results: Found) -> None:
     sections = results["sections"]
-    assert set(sections) == {*TRAINED, *PEERS, *OTHERS, BROKEN, UNAVAILABLE}
+    assert set(sections) == {*TRAINED, *PEERS, *OTHERS, BROKEN, UNAVAILABLE, "tests"}
     ends = {name: section["status"] for name, section in sections.items()}
+    assert ends.pop("tests") == "unavailable" and "CUDA" in sections["tests"]["reason"]
     assert ends.pop(BROKEN) == "failed"
     assert "no_such_preset is not a preset" in sections[BROKEN]["reason"]
     assert ends.pop(UNAVAILABLE) == "unavailable"
@@ -134,7 +135,6 @@ def test_parity(results: Found) -> None:
     assert compared["packing_relative"] < 1e-5
     assert 0 < compared["bf16_relative"] < 2e-2
     assert len(compared["losses"]["bf16"]) == 5
-    assert "CUDA" in found["tests_gpu"]["why_not"]
 
 
 def test_the_profile_says_where_time_goes(out: Path, results: Found) -> None:
@@ -151,7 +151,7 @@ def test_the_profile_says_where_time_goes(out: Path, results: Found) -> None:
     assert 95 < sum(shares.values()) < 120
     counted = found["counted"]
     assert counted["n_steps"] == 3
-    assert counted["n_waits"] == sum(counted["waits"].values())
+    assert counted["n_waits"] == sum(counted["waits"].values()) + sum(counted["where"].values())
     assert counted["n_waits_of_update"] == sum(counted["waits_of_update"].values()) > 0  # is the update good?
     assert counted["n_recompilations"] == 0
     assert "gemm" in (out / "profile-modern_large.txt").read_text()
@@ -191,7 +191,7 @@ def test_without_time_all_is_skipped_and_said_so(tmp_path: Path, capsys: pytest.
     assert gpu.main(["--device", "cpu", "--tiny", "--minutes", "0", "--out", str(tmp_path)]) == 0
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert {name.split("/")[0] for name in sections} == {
-        "environment", "parity", "ours", "hf", "profile", "attention",
+        "environment", "parity", "tests", "ours", "hf", "profile", "attention",
     }  # fmt: skip
     for section in sections.values():
         assert section["status"] == "skipped"

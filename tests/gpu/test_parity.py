@@ -86,7 +86,8 @@ def test_attention_is_a_fused_kernels(preset: str, target_len: int) -> None:
         model(**inputs).square().sum().backward()
         with torch.no_grad():
             model(**inputs)
-    assert all(p.grad is not None for p in model.parameters())
+    # What projects to the vocabulary, where that is a matrix of its own, is not part of this.
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("output."))
 
 
 @pytest.fixture
@@ -103,10 +104,10 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
         yield opened
 
 
-def first_steps(split: Split, mesh: Mesh, preset: str) -> tuple[list[float], list[float]]:
+def first_steps(split: Split, mesh: Mesh, preset: str, **model: Any) -> tuple[list[float], list[float]]:
     """Cross-entropy sums and gradient norms of three updates on the same rows."""
     batch = rows_of(packed=True)
-    engine = Engine(config_of(preset, split, 8), mesh)
+    engine = Engine(config_of(preset, split, 8, **model), mesh)
     n_target_tokens = int((batch.decoder_target_tokens != PAD_ID).sum())
     results = [engine.train_step([batch], n_target_tokens, step) for step in (1, 2, 3)]
     assert all(result.applied for result in results)
@@ -142,7 +143,9 @@ def test_flex_attention_changes_nothing(
     plain = Split(zero_stage=1, precision=precision, recompute=recompute)
     flex = replace(plain, attention="flex", compile=compiled)
     (losses, norms), (expected_losses, expected_norms) = (
-        first_steps(split, mesh, preset) for split in (flex, plain)
+        # Its kernels are made for heads of at least 16.
+        first_steps(split, mesh, preset, head_dim=16)
+        for split in (flex, plain)
     )
     assert losses == pytest.approx(expected_losses, rel=relative)
     assert norms == pytest.approx(expected_norms, rel=5 * relative)

@@ -3,6 +3,8 @@
 Unrun so far: written without a GPU at hand. Every test is skipped where there is none.
 """
 
+import gc
+
 import pytest
 import torch
 
@@ -19,9 +21,13 @@ __all__ = ["mesh", "pytestmark"]
 ROWS = 16
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
-@pytest.mark.parametrize("preset", ["vaswani2017_base", "t5_v1_1_base", "modern_base"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "preset", "policy"),
+    [
+        (1, "vaswani2017_base", "none"), (2, "t5_v1_1_base", "none"), (1, "modern_base", "none"),
+        (2, "modern_base", "selective"), (1, "t5_v1_1_base", "full"),
+    ],
+)  # fmt: skip
 def test_memory_is_what_was_planned(stage: int, preset: str, policy: str, mesh: Mesh) -> None:
     config = build_config(
         {
@@ -34,8 +40,11 @@ def test_memory_is_what_was_planned(stage: int, preset: str, policy: str, mesh: 
         }
     )
     rows = [full_rows(config, ROWS, torch.device("cpu")) for _ in range(2)]
+    gc.collect()  # an engine of another test is a cycle of references
+    torch.cuda.empty_cache()
     engine = Engine(config, mesh)
     engine.train_step(rows, 2 * ROWS * 128, 1)
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     engine.train_step(rows, 2 * ROWS * 128, 2)
