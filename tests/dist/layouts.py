@@ -27,6 +27,8 @@ class Case:
     sequence_parallel: bool = True
     offload: str = "none"
     precision: str = "fp32"
+    grad_accum_dtype: str = "same"
+    """In bf16: what micro-steps' gradients add up in."""
     optimizer: str = "adamw"
     recompute: str = "none"
     n_steps: int = 20
@@ -71,7 +73,7 @@ def config_of(case: Case, mesh: Mesh) -> Config:
                 "global_batch_size": N_ROWS,
                 "micro_batch_size": N_ROWS // (mesh.dp_size * case.micro_steps),
                 "precision": case.precision,
-                "grad_accum_dtype": "same" if case.precision == "bf16" else "fp32",
+                "grad_accum_dtype": case.grad_accum_dtype if case.precision == "bf16" else "fp32",
                 "label_smoothing": 0.1,
                 "z_loss": 1e-3,
                 "clip": 0.5,

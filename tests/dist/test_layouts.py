@@ -35,7 +35,13 @@ MORE = [
     Case("vaswani2017_base", 3, recompute="selective", n_steps=5),
     Case(MODERN, 1, recompute="full", sequence_parallel=False, n_steps=5),
 ]
-BF16 = [Case(MODERN, stage, precision="bf16", n_steps=8) for stage in (0, 1, 2, 3)]
+BF16 = [
+    *(Case(MODERN, stage, precision="bf16", n_steps=8) for stage in (0, 1, 2, 3)),
+    *(
+        Case(MODERN, stage, precision="bf16", grad_accum_dtype="fp32", micro_steps=2, n_steps=8)
+        for stage in (1, 2, 3)
+    ),
+]
 SCALED = [
     Case("t5_v1_1_small", stage, optimizer="adamw_rms", n_steps=5, precision=precision)
     for stage, precision in [(0, "fp32"), (1, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
