@@ -33,7 +33,7 @@ POLICIES = ("none", "selective", "every_n", "full")
 def config_of(preset: str = "vaswani2017_base", policy: str = "none", **model: Any) -> Config:
     """Wide enough that activations are most of the memory, as they are in training."""
     shape = {"d_model": 64, "d_ff": 128, "n_heads": 4, "n_kv_heads": 4, "head_dim": 16, "vocab_size": 512}
-    layers = {"n_encoder_layers": 3, "n_decoder_layers": 3, "dropout": 0.0}
+    layers = {"n_encoder_layers": 2, "n_decoder_layers": 2, "dropout": 0.0}
     return build_config(
         {
             "run": {"dir": "unused"},
