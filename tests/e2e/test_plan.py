@@ -12,7 +12,7 @@ SMALL = (
     "model.n_encoder_layers=1",
     "model.n_decoder_layers=1",
     "model.vocab_size=1024",
-    "train.global_batch_size=64",
+    "train.global_batch_size=256",
 )
 
 
