@@ -61,7 +61,7 @@ def _plan(options: argparse.Namespace) -> None:
     from dist_transformer.plan.devices import Rates, find_gpu
     from dist_transformer.plan.planner import GIB, Planner, known_vocabulary
     from dist_transformer.plan.report import as_json, describe, table
-    from dist_transformer.plan.search import search
+    from dist_transformer.plan.search import check_batch, search
     from dist_transformer.plan.speed import Cluster
 
     gpu = find_gpu(options.gpu)
@@ -71,6 +71,8 @@ def _plan(options: argparse.Namespace) -> None:
     cluster = Cluster(options.nodes, options.gpus_per_node, gpu, 1e9 * options.network)
     reserved = None if options.reserve_gib is None else options.reserve_gib * GIB
     planner = Planner(cluster, Rates(products=options.efficiency), reserved)
+    if options.search:
+        check_batch(planner, config)
     plan, problem = None, ""
     try:
         plan = planner.plan(config)
@@ -86,11 +88,13 @@ def _plan(options: argparse.Namespace) -> None:
         found |= {"vocab_size": config.model.vocab_size, "vocab_size_from": source}
         print(json.dumps(found | ({"best": [as_json(one) for one in best]} if options.search else {})))
         return
+    print(f"vocabulary of {config.model.vocab_size:,} tokens ({source})")
     print(problem if plan is None else "\n".join(describe(plan)))
-    print(f"vocabulary: {config.model.vocab_size:,} ({source})")
-    if options.search:
-        print("\nthe fastest layouts that fit:" if best else "\nno layout of this model fits these GPUs")
-        print("\n".join(table(best, config) if best else []), end="\n" if best else "")
+    if best:
+        print("\nthe fastest layouts that fit:", *table(best, config), sep="\n")
+    elif options.search:
+        hint = "; try parallel.offload=optimizer" if config.parallel.offload == "none" else ""
+        print(f"\nno layout of this model fits these GPUs{hint}")
 
 
 def _say(what: str) -> None:

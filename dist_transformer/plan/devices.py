@@ -66,8 +66,8 @@ def find_gpu(name: str) -> Gpu:
     gpu = GPUS.get(name.lower().replace("_", "-").removeprefix("nvidia-"))
     if gpu is None:
         close = difflib.get_close_matches(name.lower(), GPUS, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(GPUS)}"
-        raise ConfigError(f"--gpu {name} is not in the table: {hint}")
+        hint = f"did you mean {' or '.join(close)}? There are" if close else "there are"
+        raise ConfigError(f"--gpu {name} is not in the table: {hint} {', '.join(GPUS)}")
     return gpu
 
 

@@ -202,5 +202,5 @@ def known_vocabulary(config: Config) -> tuple[Config, str]:
         source = f"the tokenizer of {corpus}"
     else:
         known = with_vocabulary(config, 0 if config.model.vocab_size else USUAL_VOCABULARY)
-        source = f"assumed: {corpus} is no folder here, and model.vocab_size is not set"
+        source = f"assumed, for {corpus} is no folder here: give model.vocab_size=N"
     return known, "model.vocab_size" if config.model.vocab_size else source

@@ -1,10 +1,11 @@
 """A plan for people, and for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from dist_transformer.config import Config
+from dist_transformer.plan.micro_step import samples_of_row
 from dist_transformer.plan.planner import GIB, Plan
 from dist_transformer.plan.search import layout_of
 
@@ -30,7 +31,7 @@ def describe(plan: Plan) -> list[str]:
         f"{'together':<48}{memory.total / GIB:>8.2f} of {memory.available / GIB:.1f}: {verdict(plan)}",
         _row("CPU memory of a node, offloaded", plan.host_bytes),
         "",
-        "time of one step                                     ms",
+        "time of one step, estimated                          ms",
     ]
     time = plan.time
     lines += [
@@ -44,17 +45,20 @@ def describe(plan: Plan) -> list[str]:
     ]
     if plan.time.bound_by_host > 0.1:
         lines.append(_advice(plan))
+    lines += _caveats(plan)
     lines += ["", outlook(plan)]
     return [line for line in lines if line is not None]
 
 
 def _advice(plan: Plan) -> str:
     """Where the host is what a step waits for."""
-    config = plan.config
-    remedies = ["a larger micro-batch"]
-    if config.parallel.zero_stage > 1:
+    train, parallel = plan.config.train, plan.config.parallel
+    remedies = [
+        "a larger train.micro_batch_size" if plan.n_micro_steps > 1 else "a larger train.global_batch_size"
+    ]
+    if parallel.zero_stage > 1 and parallel.offload == "none" and plan.dp_size > 1:
         remedies.append("a lower ZeRO stage")
-    elif not config.train.compile and config.parallel.tp_degree == 1:
+    elif not train.compile and parallel.tp_degree == 1 and parallel.zero_stage < 3:
         remedies.append("train.compile")
     return (
         f"In {100 * plan.time.bound_by_host:.0f} % of forward and backward the GPU would wait for Python to start the "
@@ -62,21 +66,35 @@ def _advice(plan: Plan) -> str:
     )
 
 
+def _caveats(plan: Plan) -> Iterator[str]:
+    """What the tables do not know, or do not show."""
+    train = plan.config.train
+    left_out = ["train.compile"] if train.compile else []
+    left_out += ["train.attention=flex"] if train.attention == "flex" else []
+    if left_out:
+        yield f"Planned as if {' and '.join(left_out)} were off: that has not been run on a GPU yet."
+    adds_bf16 = train.precision == "bf16" and train.grad_accum_dtype == "fp32" and plan.n_micro_steps > 1
+    if adds_bf16 and plan.config.parallel.zero_stage == 0:
+        yield "ZeRO 0 adds micro-steps' gradients up in bf16, whatever train.grad_accum_dtype says."
+
+
 def headline(plan: Plan) -> str:
     """What is planned."""
     config, cluster = plan.config, plan.cluster
     data, parallel, recompute = config.data, config.parallel, config.recompute
     batch = f"{config.train.micro_batch_size} x {plan.n_micro_steps} micro-steps"
+    rows = "rows"
+    if data.bucket_tokens:
+        rows = f"buckets (of up to {samples_of_row(config)} samples of full length)"
     parts = [
         f"{plan.n_parameters / 1e6:,.1f} M parameters",
         config.train.precision,
         f"rows of {data.max_source_len} + {data.max_target_len}",
-        *([f"{data.bucket_tokens} positions a bucket"] if data.bucket_tokens else []),
         f"on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: dp {plan.dp_size} x tp {parallel.tp_degree}",
         f"ZeRO {parallel.zero_stage}",
         *([f"offload {parallel.offload}"] if parallel.offload != "none" else []),
         f"recompute {recompute.encoder}/{recompute.decoder}",
-        f"{config.train.global_batch_size:,} rows a step = {plan.dp_size} x {batch}",
+        f"{config.train.global_batch_size:,} {rows} a step = {plan.dp_size} x {batch}",
     ]
     return ", ".join(parts)
 
@@ -93,15 +111,17 @@ def outlook(plan: Plan) -> str:
     """Speed and length of the whole run."""
     tokens = "tokens/s" if plan.is_packed else "positions/s (padding is not known)"
     return (
-        f"about {plan.tokens_per_s:,.0f} {tokens} of both sides, MFU {100 * plan.mfu:.0f} %, "
+        f"about {_three_digits(plan.tokens_per_s)} {tokens} of both sides, MFU {100 * plan.mfu:.0f} %, "
         f"{plan.config.train.steps:,} steps in {duration(plan.run_seconds)} "
-        f"({plan.run_seconds / 3600 * plan.cluster.n_gpus:,.0f} GPU hours), evaluations and saves not counted"
+        f"({_three_digits(plan.run_seconds / 3600 * plan.cluster.n_gpus)} GPU hours), evaluations and saves not counted"
     )
 
 
 def duration(seconds: float) -> str:
-    """`3 d 4 h`, `5 h 20 min`, `12 min`."""
-    minutes = max(1, round(seconds / 60))
+    """`3 d 4 h`, `5 h 20 min`, `12 min`, `40 s`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
     days, hours = divmod(minutes // 60, 24)
     if days:
         return f"{days} d {hours} h"
@@ -113,7 +133,8 @@ def table(plans: Sequence[Plan], given: Config) -> list[str]:
     kept = set(layout_of(given).split())
     lines = ["   GiB   step s    tokens/s   MFU   layout"]
     lines += [
-        f"{plan.memory.total / GIB:>6.1f} {plan.time.total:>8.3f} {plan.tokens_per_s:>11,.0f} {100 * plan.mfu:>4.0f} %"
+        f"{plan.memory.total / GIB:>6.1f} {plan.time.total:>8.3f} {_three_digits(plan.tokens_per_s):>11} "
+        f"{100 * plan.mfu:>4.0f} %"
         f"   {' '.join(part for part in layout_of(plan.config).split() if part not in kept) or '(as it is)'}"
         for plan in plans
     ]
@@ -153,6 +174,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mfu_pct": 100 * plan.mfu,
         "run_seconds": plan.run_seconds,
     }
+
+
+def _three_digits(x: float) -> str:
+    """As many as an estimate has at most."""
+    return f"{float(f'{x:.3g}'):,.{2 if x < 1 else 1 if x < 100 else 0}f}"
 
 
 def _unbucketed(plan: Plan) -> float:

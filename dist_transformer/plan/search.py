@@ -19,6 +19,8 @@ POLICIES = (
 """Of encoder and decoder: the encoder's rows are longer."""
 _LOOKED_AT = (16, 48)
 """Rows of the micro-batches that tell of all the others."""
+_AS_FAST, _LESS = 1.015, 0.97
+"""A layout is not worth while if another is as fast (to this factor) with less memory (than this share)."""
 _MARGIN = 1.1
 """What looks too large by less than this is run before it is thrown away: lines are not exact."""
 
@@ -26,7 +28,7 @@ _MARGIN = 1.1
 def search(
     planner: Planner, config: Config, n_best: int = 8, say: Callable[[str], None] = lambda _: None
 ) -> list[Plan]:
-    """The fastest layouts that fit, fastest first, the given one among them if it is one of these.
+    """The fastest layouts that fit, fastest first, without those that need more memory for next to no speed.
 
     Two micro-batches of each way to cut and recompute the model tell of all the others (memory and time are nearly
     straight lines); those that look best are then run themselves. More than two ranks share a layer only if nothing
@@ -53,13 +55,13 @@ def search(
     best: list[Plan] = []
     with contextlib.suppress(ConfigError):
         best += [plan for plan in [planner.plan(config)] if plan.memory.fits]
-    for plan in sorted(rough, key=_seconds):
+    for plan in sorted(_worth_it(rough), key=_seconds):
         if len(best) > n_best:
             break
         if plan.config != config:
             say(f"checking {layout_of(plan.config)}")
             best += [exact for exact in [planner.plan(plan.config)] if exact.memory.fits]
-    return sorted(best, key=_seconds)[:n_best]
+    return sorted(_worth_it(best), key=_seconds)[:n_best]
 
 
 def layout_of(config: Config) -> str:
@@ -78,23 +80,43 @@ def _sizes_and_stages(planner: Planner, config: Config, cut: list[str]) -> Itera
     """A plan for each micro-batch and stage that there can be, from two measured micro-batches."""
     low, high = _LOOKED_AT
     try:
-        less, more = (planner.measure(_variant(config, [*cut, *_one_update(rows)])) for rows in _LOOKED_AT)
+        configs = [_variant(config, [*cut, *_one_update(rows)]) for rows in _LOOKED_AT]
     except ConfigError:
         return  # this way to cut or recompute does not go with the run
+    less, more = (planner.measure(each) for each in configs)
+    dp_size = planner.cluster.n_gpus // configs[0].parallel.tp_degree
     for n_rows in _divisors(config.train.global_batch_size):
         measured = _between(less, more, (n_rows - low) / (high - low))
-        for stage in _stages(config):
+        for stage in _stages(config, dp_size):
             overrides = [*cut, f"train.micro_batch_size={n_rows}", f"parallel.zero_stage={stage}"]
             with contextlib.suppress(ConfigError):
                 yield planner.plan_from(_variant(config, overrides), measured)
 
 
-def _stages(config: Config) -> list[int]:
+def _stages(config: Config, dp_size: int) -> list[int]:
     """That change nothing but the layout: in bf16, stage 0 cannot add micro-steps up in fp32."""
     if config.parallel.offload != "none":
         return [config.parallel.zero_stage]
     adds_fp32 = config.train.precision == "bf16" and config.train.grad_accum_dtype == "fp32"
-    return [1, 2, 3] if adds_fp32 else [0, 1, 2, 3]
+    stages = [1, 2, 3] if adds_fp32 else [0, 1, 2, 3]
+    return stages[:1] if dp_size == 1 else stages  # a single replica has nobody to share with
+
+
+def check_batch(planner: Planner, config: Config) -> None:
+    """Some layout must be able to share the batch out.
+
+    Raises:
+        ConfigError: no number of replicas that these GPUs can hold divides it.
+    """
+    n_rows, n_gpus = config.train.global_batch_size, planner.cluster.n_gpus
+    for tp_degree in _degrees(config, planner):
+        with contextlib.suppress(ConfigError):
+            _variant(config, [f"parallel.tp_degree={tp_degree}"])
+            if n_rows % (n_gpus // tp_degree) == 0:
+                return
+    raise ConfigError(
+        f"train.global_batch_size={n_rows} cannot be shared out over {n_gpus} GPUs: make it a multiple of {n_gpus}"
+    )
 
 
 def _variant(config: Config, overrides: Sequence[str]) -> Config:
@@ -113,6 +135,14 @@ def _divisors(n: int) -> list[int]:
 def _degrees(config: Config, planner: Planner) -> list[int]:
     """Tensor parallelism within a node, and what the run has."""
     return sorted({config.parallel.tp_degree, *_divisors(planner.cluster.gpus_per_node)})
+
+
+def _worth_it(plans: Sequence[Plan]) -> list[Plan]:
+    def beats(other: Plan, plan: Plan) -> bool:
+        is_less = other.memory.total < _LESS * plan.memory.total
+        return is_less and other.time.total <= _AS_FAST * plan.time.total
+
+    return [plan for plan in plans if not any(beats(other, plan) for other in plans)]
 
 
 def _seconds(plan: Plan) -> float:

@@ -157,11 +157,17 @@ def _offload(
     if config.parallel.offload == "none":
         return 0.0
     weight = 2.0 if config.train.precision == "bf16" else 4.0
-    one_way = weight * own / (cluster.gpu.host * rates.links)
-    if config.parallel.offload == "optimizer":
-        return n_micro_steps * max(0.0, one_way - rates.hidden * backward) + one_way
-    passes = max(0.0, one_way - rates.hidden * forward) + max(0.0, 2 * one_way - rates.hidden * backward)
-    return n_micro_steps * passes
+    host = cluster.gpu.host * rates.links
+    one_way = weight * own / host
+    if config.parallel.zero_stage < 3:
+        adds_fp32 = config.train.precision == "bf16" and config.train.grad_accum_dtype == "fp32"
+        if adds_fp32:  # Added up on the device, sent once.
+            return 4.0 * own / host + one_way
+        # To the host and, to be added to, back.
+        return n_micro_steps * max(0.0, 2 * one_way - rates.hidden * backward) + one_way
+    there, back = (one_way, 2 * one_way) if config.parallel.offload == "all" else (0.0, one_way)
+    passes = max(0.0, there - rates.hidden * forward) + max(0.0, back - rates.hidden * backward)
+    return n_micro_steps * passes + (0.0 if config.parallel.offload == "all" else one_way)
 
 
 def _data_parallel(

@@ -34,6 +34,16 @@ def test_a_shipped_recipe_on_two_nodes() -> None:
     assert total == pytest.approx(together, abs=0.05)
 
 
+def test_the_document_shows_what_the_command_prints() -> None:
+    document = (ROOT / "docs" / "planning.md").read_text()
+    shown = document.split("--gpu h100\n```\n\n```\n")[1].split("```")[0]
+    recipe = ROOT / "configs" / "pretrain_modern_large.yaml"
+    done = command("plan", recipe, "--nodes", 2, "--gpus-per-node", 8, "--gpu", "h100", cwd=ROOT)
+    assert done.stdout == shown, (
+        "write it anew: dist-transformer plan configs/pretrain_modern_large.yaml --nodes 2"
+    )
+
+
 def test_what_does_not_fit_is_no_error() -> None:
     """It is an answer: exit code 0, and the size that is missing."""
     done = command("plan", BASE, *SMALL, "--memory-gib", 1)
@@ -53,7 +63,10 @@ def test_search_for_people() -> None:
     done = command("plan", BASE, *SMALL, "--gpus-per-node", 1, "--search")
     assert "the fastest layouts that fit:" in done.stdout and "train.micro_batch_size=" in done.stdout
     none = command("plan", BASE, *SMALL, "--gpus-per-node", 1, "--search", "--memory-gib", 1)
-    assert "no layout of this model fits these GPUs" in none.stdout and none.returncode == 0
+    assert (
+        "no layout of this model fits these GPUs; try parallel.offload=optimizer" in none.stdout
+        and none.returncode == 0
+    )
 
 
 def test_the_vocabulary_is_that_of_the_shards(pair_shards: Path) -> None:
@@ -69,6 +82,7 @@ def test_the_vocabulary_is_that_of_the_shards(pair_shards: Path) -> None:
     [
         (["--gpu", "h1000"], "--gpu h1000 is not in the table: did you mean h100"),
         (["--gpus-per-node", 7], "is not a multiple of train.micro_batch_size=32 x 7 data-parallel ranks"),
+        (["--gpus-per-node", 7, "--search"], "cannot be shared out over 7 GPUs: make it a multiple of 7"),
         (["parallel.tp_degree=16"], "parallel.tp_degree=16 does not divide"),
         (["--efficiency", "70"], "70 is not a share, such as 0.7"),
         (["--memory-gib", "0"], "0 is not a positive number"),
