@@ -20,7 +20,7 @@ POLICIES = (
 _LOOKED_AT = (16, 48)
 """Rows of the micro-batches that tell of all the others."""
 _AS_FAST, _LESS = 1.015, 0.97
-"""A layout is not worth while if another is as fast (to this factor) with less memory (than this share)."""
+"""Times within this factor of the fastest are one; a slower layout is worth while with less memory than this share."""
 _MARGIN = 1.1
 """What looks too large by less than this is run before it is thrown away: lines are not exact."""
 
@@ -138,11 +138,14 @@ def _degrees(config: Config, planner: Planner) -> list[int]:
 
 
 def _worth_it(plans: Sequence[Plan]) -> list[Plan]:
-    def beats(other: Plan, plan: Plan) -> bool:
-        is_less = other.memory.total < _LESS * plan.memory.total
-        return is_less and other.time.total <= _AS_FAST * plan.time.total
-
-    return [plan for plan in plans if not any(beats(other, plan) for other in plans)]
+    """The least memory of those as fast as the fastest, and then, of those that need less still, the same again."""
+    kept: list[Plan] = []
+    left = sorted(plans, key=_seconds)
+    while left:
+        as_fast = [plan for plan in left if plan.time.total <= _AS_FAST * left[0].time.total]
+        kept.append(min(as_fast, key=lambda plan: plan.memory.total))
+        left = [plan for plan in left if plan.memory.total < _LESS * kept[-1].memory.total]
+    return kept
 
 
 def _seconds(plan: Plan) -> float:
